@@ -1,0 +1,7 @@
+_base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', '../_base_/odconv.py']
+
+# A static backbone under a pyramid of dynamic convolutions. With one image per device the
+# attention has no batch to normalise over; the pyramid, unlike the backbone, is not in norm_eval,
+# so it takes the norm that works for any batch.
+model = dict(
+    neck=dict(conv_cfg=dict(type='ODConv2d', kernel_num=1, norm_cfg=dict(type='LN'))))

@@ -1,0 +1,30 @@
+"""Dynamic convolution for MMDetection 3.x; importing it registers everything below.
+
+``MMDET_ODCONV_LAYERS_ONLY=1`` in the environment imports nothing by itself, so that
+``mmdet_odconv.ops`` (torch alone) and ``mmdet_odconv.layers`` (torch and mmengine) can be used
+where mmdet and mmcv are not.
+"""
+import os
+
+from .version import __version__
+
+__all__ = ['__version__']
+
+if not os.environ.get('MMDET_ODCONV_LAYERS_ONLY'):
+    from .stack import check_stack
+
+    check_stack()
+
+    from .backbones import ODMobileNetV2, ODResNet, ODResNeXt, ODResNetV1d
+    from .checkpoints import allow_mmengine_checkpoints
+    from .engine import InputCheckHook
+    from .errors import InputError
+    from .layers import ODConv2d, set_temperature
+    from .ops import dynamic_conv2d
+
+    __all__ += [
+        'InputCheckHook', 'InputError', 'ODConv2d', 'ODMobileNetV2', 'ODResNeXt', 'ODResNet',
+        'ODResNetV1d', 'dynamic_conv2d', 'set_temperature'
+    ]
+
+    allow_mmengine_checkpoints()

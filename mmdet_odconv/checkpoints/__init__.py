@@ -1,0 +1,4 @@
+"""Reading weights."""
+from .loading import allow_mmengine_checkpoints
+
+__all__ = ['allow_mmengine_checkpoints']

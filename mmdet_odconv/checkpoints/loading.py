@@ -1,0 +1,92 @@
+"""Reading checkpoints with torch's weights-only unpickler, which runs no code from the file.
+
+From torch 2.6 on that unpickler is the default, and it refuses the log history that MMEngine
+saves beside the weights, so that stock MMDetection can read no checkpoint of its own. Here it is
+told exactly which classes those are; and whatever else a file holds is refused by one sentence,
+on MMEngine releases and forks alike that would fall back to unpickling everything.
+"""
+import contextlib
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+from mmengine.runner.checkpoint import CheckpointLoader, load_from_http, load_from_local
+
+from ..errors import InputError
+
+
+def allow_mmengine_checkpoints() -> None:
+    """Let MMEngine read its own checkpoints, and nothing more, with weights_only on.
+
+    Before torch 2.5, which can be told of no further class, loading is left as it is.
+    """
+    if not hasattr(torch.serialization, 'safe_globals'):
+        return
+    reconstruct = np.ones(1).__reduce__()[0]
+    scalar = np.float64(1).__reduce__()[0]
+    torch.serialization.add_safe_globals([
+        HistoryBuffer, np.ndarray, np.dtype, reconstruct, scalar,
+        *(type(np.dtype(kind)) for kind in (bool, np.int32, np.int64, np.float32, np.float64))
+    ])
+    CheckpointLoader.register_scheme('', _weights_only(load_from_local), force=True)
+    CheckpointLoader.register_scheme(('http://', 'https://'), _weights_only(load_from_http),
+                                     force=True)
+
+
+def _weights_only(load: Callable[..., dict]) -> Callable[..., dict]:
+    """``load`` with weights_only forced on, and its failures told in one sentence."""
+
+    def load_weights_only(filename, map_location=None, **kwargs) -> dict:
+        filename = os.path.expanduser(filename)
+        if '://' not in filename and not Path(filename).is_file():
+            raise InputError(f'Checkpoint {filename} does not exist: give the path of a file.')
+        try:
+            with _force_weights_only():
+                checkpoint = load(filename, map_location=map_location, **kwargs)
+        except pickle.UnpicklingError as error:
+            refused = re.search(r'[Uu]nsupported (?:global|class|operand)[^\n]*?([\w.]+\.\w+)',
+                                str(error))
+            if refused is None:
+                raise InputError(f'{filename} is not a checkpoint that torch can read: give a '
+                                 'file that torch.save wrote, whole.') from error
+            raise InputError(
+                f'Checkpoint {filename} was refused, and nothing in it was run, because it holds '
+                f'{refused.group(1)}, where tensors, plain Python values and MMEngine logs were '
+                'expected: save the weights alone, torch.save({"state_dict": ...}), where you '
+                'trust the file.') from error
+        except (EOFError, RuntimeError) as error:
+            if not _is_damaged(error):
+                raise
+            raise InputError(f'Checkpoint {filename} is cut short or damaged '
+                             f'({Path(filename).stat().st_size} bytes): copy or save it '
+                             'again.') from error
+        if not isinstance(checkpoint, dict):
+            raise InputError(f'Checkpoint {filename} holds a {type(checkpoint).__name__}, where a '
+                             'dict of weights was expected: save model.state_dict().')
+        return checkpoint
+
+    return load_weights_only
+
+
+def _is_damaged(error: Exception) -> bool:
+    return isinstance(error, EOFError) or 'PytorchStreamReader' in str(error)
+
+
+@contextlib.contextmanager
+def _force_weights_only():
+    """torch's own switch, obeyed by every torch.load below, a fallback to full pickle included."""
+    name = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
+    before = os.environ.get(name)
+    os.environ[name] = '1'
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

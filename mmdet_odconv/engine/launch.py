@@ -1,0 +1,105 @@
+"""Runs mmdet's own train and test scripts with the plugin registered and errors made plain."""
+import difflib
+import errno
+import os
+import re
+import runpy
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+import mmdet
+from mmengine.registry import MODELS
+
+from ..errors import InputError
+
+CONFIGS = Path(__file__).parents[1] / '.mim' / 'configs'
+
+
+def run_mmdet_tool(name: str) -> None:
+    """Run mmdet's ``tools/{name}`` on ``sys.argv``; exits with one sentence on a user's mistake.
+
+    A config that is no path is looked up by file name among the plugin's configs.
+    """
+    script = Path(mmdet.__file__).parent / '.mim' / 'tools' / name
+    if not script.is_file():
+        script = Path(mmdet.__file__).parents[1] / 'tools' / name  # a source checkout
+    try:
+        if not script.is_file():
+            raise InputError(f"mmdet's {name} was found neither in {Path(mmdet.__file__).parent} "
+                             'nor beside it: install mmdet from a wheel or a whole checkout.')
+        _resolve_config(sys.argv)
+        runpy.run_path(str(script), run_name='__main__')
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        sys.exit(f'error: {sentence}')
+
+
+def _resolve_config(argv) -> None:
+    """Put the path of a config that was given by file name in its place."""
+    for i, arg in enumerate(argv[1:], 1):
+        if arg.endswith('.py') and not arg.startswith('-'):
+            if not os.path.exists(arg):
+                argv[i] = str(find_config(arg))
+            return
+
+
+def find_config(name: str) -> Path:
+    """The plugin's config of that file name; InputError with the nearest names if none."""
+    configs = {path.name: path for path in CONFIGS.rglob('*.py') if path.parent.name != '_base_'}
+    basename = Path(name).name
+    if basename in configs:
+        return configs[basename].resolve()
+    near = difflib.get_close_matches(basename, configs, n=3, cutoff=0.5)
+    hint = f'did you mean {" or ".join(near)}?' if near else 'see the configs folder.'
+    raise InputError(f'Config {name} does not exist, neither as a path nor among the '
+                     f'{len(configs)} configs of mmdet_odconv: {hint}')
+
+
+def explain(error: BaseException) -> Optional[str]:
+    """One sentence for a mistake that the user can mend; None for anything else."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        path = _locals_of(error, 'put').get('filepath')  # MMEngine's LocalBackend
+        if path is not None:
+            Path(path).unlink(missing_ok=True)
+        return (f'No space was left on the disk while writing {path or "a file"}, which was '
+                'removed: free some and run again with --resume, which continues from the last '
+                'whole checkpoint.')
+    unknown = re.search(r'(\S+) is not in the (\S+)::(\S+) registry', str(error))
+    if isinstance(error, KeyError) and unknown:
+        name, _, kind = unknown.groups()
+        name = name.strip('\'"')
+        near = difflib.get_close_matches(name, _known_types(), n=3)
+        hint = f'did you mean {" or ".join(near)}?' if near else 'check its name and custom_imports.'
+        return f'No {kind} is registered as {name}: {hint}'
+    dataset = _locals_of(error, 'load_data_list').get('self')
+    if dataset is not None:
+        ann_file = dataset.ann_file
+        if not Path(ann_file).is_file() and '://' not in ann_file:
+            return (f'Annotation file {ann_file} does not exist: set data_root and ann_file of '
+                    'the dataset in the config, or put the dataset there.')
+        return (f'Annotation file {ann_file} could not be read as COCO '
+                f'({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ""}): '
+                'expected a JSON object with images, annotations and categories.')
+    image = _locals_of(error, 'transform').get('results', {}).get('img_path')
+    if isinstance(error, FileNotFoundError) and image is not None:
+        return (f'Image {image} does not exist: set data_root and data_prefix of the dataset in '
+                'the config to where the images are.')
+    return None
+
+
+def _known_types() -> list:
+    children = [child for child in MODELS.children.values()]
+    return sorted({name for registry in (MODELS, *children) for name in registry.module_dict})
+
+
+def _locals_of(error: BaseException, function: str) -> Dict[str, Any]:
+    """Local variables of the innermost frame of ``function`` that the error passed through."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)
+              if frame.f_code.co_name == function]
+    return frames[-1].f_locals if frames else {}

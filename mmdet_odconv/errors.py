@@ -1,0 +1,5 @@
+"""The one exception for what a user gave: a config, a checkpoint, a dataset."""
+
+
+class InputError(ValueError):
+    """One sentence: what was found, what was expected and what to do."""

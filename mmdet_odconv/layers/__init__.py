@@ -1,0 +1,5 @@
+"""Dynamic convolution layers, one a file; need torch and mmengine's registry."""
+from .base import DynamicConv2d, set_temperature
+from .odconv import ODConv2d
+
+__all__ = ['DynamicConv2d', 'ODConv2d', 'set_temperature']

@@ -1,0 +1,140 @@
+"""What every dynamic convolution layer shares: geometry, bank, initialisation, forward."""
+from typing import Dict, Optional, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import dynamic_conv2d
+
+Size2d = Union[int, Tuple[int, int]]
+
+
+class DynamicConv2d(nn.Module):
+    """Convolution whose kernel is mixed, for each image, from a bank by attention.
+
+    A subclass sets ``self.attention``, a module that maps the input (B, Cin, H, W) and the
+    temperature to the attentions that :func:`~mmdet_odconv.ops.dynamic_conv2d` takes.
+
+    It is deliberately no subclass of :class:`torch.nn.Conv2d`: code that initialises, fuses or
+    quantises by that class would misread the 5-D bank.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device, dtype: as in :class:`torch.nn.Conv2d`.
+        kernel_num: number of kernels in the bank, n >= 1.
+        temperature: divides the attention logits; > 0, and 1.0 at inference.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    # What mmcv's ConvModule reads from any convolution that it wraps.
+    transposed = False
+    output_padding = (0, 0)
+
+    def __init__(self,
+                 in_channels: int,
+                 out_channels: int,
+                 kernel_size: Size2d,
+                 stride: Size2d = 1,
+                 padding: Union[str, Size2d] = 0,
+                 dilation: Size2d = 1,
+                 groups: int = 1,
+                 bias: bool = True,
+                 padding_mode: str = 'zeros',
+                 device=None,
+                 dtype=None,
+                 *,
+                 kernel_num: int = 4,
+                 temperature: float = 1.0) -> None:
+        super().__init__()
+        if kernel_num < 1:
+            raise ValueError(f'kernel_num must be at least 1, got {kernel_num}')
+        if groups < 1 or in_channels % groups or out_channels % groups:
+            raise ValueError(f'in_channels and out_channels must be divisible by groups, got '
+                             f'{in_channels} and {out_channels} with groups={groups}')
+        # nn.Conv2d itself normalises and checks the geometry; on 'meta' it costs no memory.
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
+                         False, padding_mode, device='meta')
+        self.in_channels = conv.in_channels
+        self.out_channels = conv.out_channels
+        self.kernel_size = conv.kernel_size
+        self.stride = conv.stride
+        self.padding = conv.padding
+        self.dilation = conv.dilation
+        self.groups = conv.groups
+        self.padding_mode = conv.padding_mode
+        self._pad_widths = conv._reversed_padding_repeated_twice
+        self.kernel_num = kernel_num
+        self.temperature = temperature
+        self.weight = nn.Parameter(
+            torch.empty(kernel_num, *conv.weight.shape, device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
+        else:
+            self.register_parameter('bias', None)
+        self.reset_parameters()
+
+    @property
+    def temperature(self) -> float:
+        """Divides the attention logits; 1.0 at inference."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        if not value > 0:
+            raise ValueError(f'temperature must be greater than 0, got {value}')
+        self._temperature = float(value)
+
+    def reset_parameters(self) -> None:
+        """Initialise each kernel of the bank as a static convolution would be."""
+        for i in range(self.kernel_num):
+            nn.init.kaiming_normal_(self.weight[i], mode='fan_out', nonlinearity='relu')
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def init_weights(self) -> None:
+        """Called by MMEngine in place of an initialiser that would misread the 5-D bank."""
+        self.reset_parameters()
+
+    def _apply(self, fn, *args, **kwargs):
+        """Show ``fn`` the bank as one 4-D kernel: .to(memory_format=channels_last) knows no 5-D."""
+
+        def apply(tensor: Tensor) -> Tensor:
+            if tensor.dim() != 5:
+                return fn(tensor)
+            return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
+
+        return super()._apply(apply, *args, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve x, (B, Cin, H, W), to (B, Cout, Hout, Wout); ValueError on other shapes."""
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f'{type(self).__name__} expects an input of shape '
+                             f'(B, {self.in_channels}, H, W), got {tuple(x.shape)}')
+        attentions: Dict[str, Optional[Tensor]] = self.attention(x, self.temperature)
+        padding = self.padding
+        if self.padding_mode != 'zeros':
+            x = F.pad(x, self._pad_widths, mode=self.padding_mode)
+            padding = 0
+        return dynamic_conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation,
+                              self.groups, **attentions)
+
+    def extra_repr(self) -> str:
+        """Arguments that differ from their defaults, as nn.Conv2d prints them."""
+        text = (f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, '
+                f'stride={self.stride}, kernel_num={self.kernel_num}')
+        defaults = dict(padding=(0, 0), dilation=(1, 1), groups=1, padding_mode='zeros',
+                        temperature=1.0)
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
+                text += f', {name}={getattr(self, name)!r}'
+        return text if self.bias is not None else text + ', bias=False'
+
+
+def set_temperature(model: nn.Module, value: float) -> None:
+    """Set the temperature of every dynamic convolution in ``model``; ValueError if <= 0."""
+    for module in model.modules():
+        if isinstance(module, DynamicConv2d):
+            module.temperature = value

@@ -1,0 +1,171 @@
+"""ODConv: Omni-Dimensional Dynamic Convolution, Li, Zhou and Yao, ICLR 2022.
+
+https://openreview.net/forum?id=DmpCfq6Mg39
+"""
+import functools
+import math
+import warnings
+from typing import Dict, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from .base import DynamicConv2d
+
+MIN_HIDDEN_CHANNELS = 16
+NORM_TYPES = ('BN', 'SyncBN', 'GN', 'LN')
+
+
+@MODELS.register_module()
+class ODConv2d(DynamicConv2d):
+    """Convolution with kernel, spatial, channel and filter attention (eq. 3 of the paper).
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device, dtype: as in :class:`torch.nn.Conv2d`.
+        kernel_num: number of kernels in the bank, n >= 1.
+        reduction: the attention's hidden width is max(int(Cin * reduction), 16); in (0, 1].
+        temperature: divides the attention logits; > 0, and 1.0 at inference.
+        norm_cfg: normalisation inside the attention: dict(type='BN'), 'SyncBN', 'GN' or 'LN',
+            with that layer's own arguments.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(self,
+                 in_channels: int,
+                 out_channels: int,
+                 kernel_size,
+                 stride=1,
+                 padding=0,
+                 dilation=1,
+                 groups: int = 1,
+                 bias: bool = True,
+                 padding_mode: str = 'zeros',
+                 device=None,
+                 dtype=None,
+                 *,
+                 kernel_num: int = 4,
+                 reduction: float = 1 / 16,
+                 temperature: float = 1.0,
+                 norm_cfg: Optional[dict] = None) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
+                         bias, padding_mode, device, dtype, kernel_num=kernel_num,
+                         temperature=temperature)
+        self.attention = ODAttention(in_channels, out_channels, self.kernel_size, groups,
+                                     kernel_num, reduction, norm_cfg)
+        self.attention.to(device=device, dtype=dtype)
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        self.attention.reset_parameters()
+
+
+class ODAttention(nn.Module):
+    """The four attentions of ODConv, from one pooled read of the input (Fig. 2 of the paper).
+
+    Pool -> fc -> norm -> ReLU -> one fc per attention; sigmoid for the spatial, channel and
+    filter attentions, softmax over the bank for the kernel attention. An attention that could
+    only repeat another is absent: the kernel's with a bank of one, the spatial of a 1x1 kernel,
+    the filter's of a depthwise layer.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: Tuple[int, int],
+                 groups: int, kernel_num: int, reduction: float,
+                 norm_cfg: Optional[dict]) -> None:
+        super().__init__()
+        if not 0 < reduction <= 1:
+            raise ValueError(f'reduction must be in (0, 1], got {reduction}')
+        self.kernel_size = kernel_size
+        hidden = max(int(in_channels * reduction), MIN_HIDDEN_CHANNELS)
+        depthwise = groups == in_channels == out_channels
+        self.fc = nn.Conv2d(in_channels, hidden, 1, bias=False)
+        self.bn = build_pooled_norm(norm_cfg or dict(type='BN'), hidden)
+        self.channel_fc = nn.Conv2d(hidden, in_channels, 1)
+        self.filter_fc = None if depthwise else nn.Conv2d(hidden, out_channels, 1)
+        kernel_area = math.prod(kernel_size)
+        self.spatial_fc = nn.Conv2d(hidden, kernel_area, 1) if kernel_area > 1 else None
+        self.kernel_fc = nn.Conv2d(hidden, kernel_num, 1) if kernel_num > 1 else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As the paper's release: He initialisation, biases at zero."""
+        for module in self.children():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        self.bn.reset_parameters()
+
+    def forward(self, x: Tensor, temperature: float) -> Dict[str, Optional[Tensor]]:
+        """Attentions of x, (B, Cin, H, W), as keyword arguments of ``dynamic_conv2d``."""
+        pooled = F.adaptive_avg_pool2d(x, 1)
+        hidden = F.relu(self._normalise(self.fc(pooled)))
+
+        def logits(fc: Optional[nn.Conv2d]) -> Optional[Tensor]:
+            return None if fc is None else fc(hidden).flatten(1) / temperature
+
+        channel, filter_, spatial, kernel = map(
+            logits, (self.channel_fc, self.filter_fc, self.spatial_fc, self.kernel_fc))
+        return dict(
+            kernel_attention=None if kernel is None else kernel.softmax(1),
+            spatial_attention=None if spatial is None else
+            spatial.sigmoid().unflatten(1, self.kernel_size),
+            channel_attention=channel.sigmoid(),
+            filter_attention=None if filter_ is None else filter_.sigmoid())
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        """Batch statistics of fewer than two pooled values do not exist: use the running ones."""
+        norm = self.bn
+        if (isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training and len(x) < 2
+                and norm.track_running_stats and not _is_synchronised(norm)):
+            if not torch.compiler.is_compiling():
+                _warn_single_image()
+            return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias,
+                                False, 0.0, norm.eps)
+        return norm(x)
+
+
+def build_pooled_norm(cfg: dict, channels: int) -> nn.Module:
+    """Normalisation of a pooled map (B, channels, 1, 1) from an OpenMMLab ``norm_cfg``.
+
+    GroupNorm defaults to four groups, or as many as divide the channels; LayerNorm, over the
+    channels, is GroupNorm with one group.
+
+    Raises:
+        ValueError: for another type, or for groups that leave one value to normalise.
+    """
+    cfg = dict(cfg)
+    kind = cfg.pop('type', None)
+    requires_grad = cfg.pop('requires_grad', True)
+    if kind in ('BN', 'SyncBN'):
+        norm = (nn.BatchNorm2d if kind == 'BN' else nn.SyncBatchNorm)(channels, **cfg)
+    elif kind in ('GN', 'LN'):
+        num_groups = 1 if kind == 'LN' else cfg.pop('num_groups', math.gcd(channels, 4))
+        if channels % num_groups or channels == num_groups:
+            raise ValueError('norm_cfg of the attention: num_groups must divide its '
+                             f'{channels} channels and be smaller, got {num_groups}')
+        norm = nn.GroupNorm(num_groups, channels, **cfg)
+    else:
+        raise ValueError(f'norm_cfg of the attention must have a type among {NORM_TYPES}, '
+                         f'got {kind!r}')
+    return norm.requires_grad_(requires_grad)
+
+
+def _is_synchronised(norm: nn.Module) -> bool:
+    return (isinstance(norm, nn.SyncBatchNorm) and torch.distributed.is_available()
+            and torch.distributed.is_initialized()
+            and torch.distributed.get_world_size(norm.process_group) > 1)
+
+
+@functools.lru_cache(maxsize=None)
+def _warn_single_image() -> None:
+    warnings.warn(
+        'ODConv2d is training with one image per device, where the BatchNorm of its attention '
+        'has one value per channel and no statistics to take from it: it normalises with its '
+        'running statistics instead. To train the statistics too, use more images per device or '
+        "conv_cfg=dict(type='ODConv2d', norm_cfg=dict(type='SyncBN')), or 'GN', or 'LN'.",
+        stacklevel=2)

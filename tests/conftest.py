@@ -1,0 +1,22 @@
+import os
+from pathlib import Path
+
+# Test workers share the cores; more threads than that only wait for each other.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+import pytest
+import torch
+
+torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def data():
+    return ROOT / 'tests' / 'data'

@@ -1,0 +1,94 @@
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmdet_odconv.ops import dynamic_conv2d
+
+ATTENTIONS = ('kernel_attention', 'spatial_attention', 'channel_attention', 'filter_attention')
+
+
+@st.composite
+def calls(draw):
+    small = st.integers(1, 3)
+    groups = draw(small)
+    depthwise = draw(st.booleans())
+    cin = groups * (1 if depthwise else draw(small))
+    cout = cin if depthwise else groups * draw(small)
+    n, batch = draw(small), draw(st.integers(1, 3))
+    kernel = draw(st.tuples(small, small))
+    dilation = draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
+    padding = draw(st.one_of(st.tuples(st.integers(0, 2), st.integers(0, 2)),
+                             st.sampled_from(['same', 'valid'])))
+    stride = (1, 1) if padding == 'same' else draw(st.tuples(small, small))
+    size = [d * (k - 1) + 1 + draw(st.integers(0, 4)) for d, k in zip(dilation, kernel)]
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+
+    def rand(*shape):
+        return torch.randn(*shape, dtype=torch.float64).requires_grad_()
+
+    shapes = dict(zip(ATTENTIONS, [(batch, n), (batch, *kernel), (batch, cin), (batch, cout)]))
+    attentions = {
+        name: rand(*shape) if (name == 'kernel_attention' and n > 1) or draw(st.booleans()) else None
+        for name, shape in shapes.items()
+    }
+    x = rand(batch, cin, *size)
+    weight = rand(n, cout, cin // groups, *kernel)
+    bias = rand(cout) if draw(st.booleans()) else None
+    return x, weight, bias, (stride, padding, dilation, groups), attentions
+
+
+@settings(max_examples=150, deadline=None)
+@given(calls())
+def test_equals_the_formula_and_every_gradient(call):
+    x, weight, bias, geometry, attentions = call
+    reference.assert_same_with_gradients(
+        dynamic_conv2d(x, weight, bias, *geometry, **attentions),
+        reference.dynamic_conv2d(x, weight, bias, *geometry, **attentions),
+        dict(input=x, weight=weight, bias=bias, **attentions))
+
+
+def test_empty_batch_keeps_every_argument_in_the_graph():
+    leaves = dict(
+        input=torch.randn(0, 4, 5, 5), weight=torch.randn(2, 6, 4, 3, 3),
+        kernel_attention=torch.randn(0, 2), spatial_attention=torch.randn(0, 3, 3),
+        channel_attention=torch.randn(0, 4), filter_attention=torch.randn(0, 6))
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    output = dynamic_conv2d(**leaves, padding=1)
+    assert output.shape == (0, 6, 5, 5)
+    output.sum().backward()
+    for name, leaf in leaves.items():
+        assert leaf.grad is not None and not leaf.grad.any(), name
+
+
+def test_non_contiguous_and_channels_last_input():
+    x = torch.randn(2, 6, 5, 8, dtype=torch.float64)
+    weight, a = torch.randn(2, 4, 6, 3, 3, dtype=torch.float64), torch.rand(2, 2).double()
+    expected = reference.dynamic_conv2d(x, weight, kernel_attention=a)
+    for view in (x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().mT):
+        torch.testing.assert_close(dynamic_conv2d(view, weight, kernel_attention=a), expected)
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    (dict(input=torch.zeros(4, 5, 5)), r'input must be 4-D .* got shape \(4, 5, 5\)'),
+    (dict(input=torch.zeros(2, 3, 5, 5)), 'needs an input of 4 channels, got 3'),
+    (dict(weight=torch.zeros(6, 4, 3, 3)), r'weight must be a 5-D bank .* \(6, 4, 3, 3\)'),
+    (dict(kernel_attention=None), r'a bank of 2 kernels needs kernel_attention of shape \(2, 2\)'),
+    (dict(kernel_attention=torch.zeros(1, 2)), r'kernel_attention must have shape \(2, 2\), got'),
+    (dict(spatial_attention=torch.zeros(2, 9)), r'spatial_attention must have shape \(2, 3, 3\)'),
+    (dict(channel_attention=torch.zeros(2, 6)), r'channel_attention must have shape \(2, 4\)'),
+    (dict(filter_attention=torch.zeros(2, 4)), r'filter_attention must have shape \(2, 6\)'),
+])
+def test_wrong_shapes_are_told_apart(change, message):
+    call = dict(input=torch.zeros(2, 4, 5, 5), weight=torch.zeros(2, 6, 4, 3, 3),
+                kernel_attention=torch.zeros(2, 2))
+    with pytest.raises(ValueError, match=message):
+        dynamic_conv2d(**{**call, **change})
+
+
+def test_kernel_larger_than_padded_input_is_refused_as_by_conv2d():
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater than actual input size"):
+        dynamic_conv2d(torch.zeros(2, 4, 2, 2), torch.zeros(2, 6, 4, 5, 5),
+                       kernel_attention=torch.zeros(2, 2))
