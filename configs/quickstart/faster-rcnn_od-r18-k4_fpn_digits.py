@@ -18,6 +18,5 @@ model = dict(
     test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=100)))
 
 default_hooks = dict(
-    logger=dict(interval=25),
-    checkpoint=dict(interval=1, max_keep_ckpts=2, save_best='coco/bbox_mAP', rule='greater'))
+    logger=dict(interval=25), checkpoint=dict(interval=1, max_keep_ckpts=1))
 log_processor = dict(window_size=25)

@@ -44,7 +44,8 @@ def _weights_only(load: Callable[..., dict]) -> Callable[..., dict]:
     def load_weights_only(filename, map_location=None, **kwargs) -> dict:
         filename = os.path.expanduser(filename)
         if '://' not in filename and not Path(filename).is_file():
-            raise InputError(f'Checkpoint {filename} does not exist: give the path of a file.')
+            raise InputError(f'Checkpoint {filename} does not exist: give the path of a file '
+                             '(the README says where published weights are).')
         try:
             with _force_weights_only():
                 checkpoint = load(filename, map_location=map_location, **kwargs)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import InputError
 from ..ops import dynamic_conv2d
 
 Size2d = Union[int, Tuple[int, int]]
@@ -107,6 +108,19 @@ class DynamicConv2d(nn.Module):
             return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
 
         return super()._apply(apply, *args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        weight = state_dict.get(prefix + 'weight')
+        if weight is not None and weight.shape != self.weight.shape:
+            found = (f'a bank of kernel_num={len(weight)}, {tuple(weight.shape)}'
+                     if weight.dim() == 5 else f'one static kernel, {tuple(weight.shape)}')
+            # Raised, because MMEngine only logs what torch would collect, and trains on.
+            raise InputError(
+                f'{prefix[:-1] or type(self).__name__} has a bank of '
+                f'kernel_num={self.kernel_num}, {tuple(self.weight.shape)}, but the checkpoint '
+                f'holds {found}: give weights of the same dynamic network, or none '
+                '(init_cfg=None, frozen_stages=-1) to train from scratch.')
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve x, (B, Cin, H, W), to (B, Cout, Hout, Wout); ValueError on other shapes."""

@@ -1,8 +1,14 @@
 """The one function that every dynamic convolution layer calls."""
-from typing import Optional, Tuple, Union
+import contextlib
+import math
+from typing import Iterator, Optional, Tuple, Union
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .blocked import BlockedConv, is_pointwise, output_size
+from .grouped import GroupedConv, convolve, fold, input_gate, mix
 
 Size2d = Union[int, Tuple[int, int]]
 
@@ -46,50 +52,105 @@ def dynamic_conv2d(input: Tensor,
     """
     _check_shapes(input, weight, groups, kernel_attention, spatial_attention, channel_attention,
                   filter_attention)
-    batch, in_channels = input.shape[:2]
-    bank_size, out_channels = weight.shape[:2]
-    geometry = (stride, padding, dilation)
-
-    # Scaling the maps costs one pass over them and is the same for every plan below.
-    if channel_attention is not None:
-        input = input * channel_attention.to(input.dtype)[:, :, None, None]
-
-    if batch == 0:
-        # No image has a kernel, yet every parameter must stay in the graph: under DDP a rank
-        # with an empty batch would otherwise leave the others waiting for its gradients.
-        output = F.conv2d(input, weight.sum(0), None, *geometry, groups)
-        for attention in (kernel_attention, spatial_attention):
-            if attention is not None:
-                output = output + attention.sum()
-    elif kernel_attention is None and spatial_attention is None:
-        output = F.conv2d(input, weight[0], None, *geometry, groups)
-    else:
-        kernels = _mix_kernels(weight, batch, kernel_attention, spatial_attention)
-        # One grouped convolution over the images laid side by side as channels.
-        output = F.conv2d(
-            input.reshape(1, batch * in_channels, *input.shape[2:]), kernels.flatten(0, 1), None,
-            *geometry, batch * groups)
-        output = output.view(batch, out_channels, *output.shape[2:])
-
-    if filter_attention is not None:
-        output = output * filter_attention.to(output.dtype)[:, :, None, None]
-    if bias is not None:
-        output = output + bias.to(output.dtype)[:, None, None]
+    input, padding = _resolve_padding(input, weight, stride, padding, dilation)
+    stride, dilation = _pair(stride), _pair(dilation)
+    dtype = _compute_dtype(input)
+    input, weight, *attentions = (
+        None if t is None else t.to(dtype)
+        for t in (input, weight, kernel_attention, spatial_attention, channel_attention,
+                  filter_attention))
+    with torch.autocast(input.device.type, enabled=False):
+        if len(input) == 0:
+            output = _empty_batch(input, weight, *attentions, stride, padding, dilation, groups)
+        else:
+            plan = _forced_plan or choose_plan(input, weight, stride, padding, dilation, groups)
+            output = PLANS[plan](input, weight, *attentions, stride, padding, dilation, groups)
+        if bias is not None:
+            output = output + bias.to(dtype)[:, None, None]
     return output
 
 
-def _mix_kernels(weight: Tensor, batch: int, kernel_attention: Optional[Tensor],
-                 spatial_attention: Optional[Tensor]) -> Tensor:
-    """Kernels of each image, (B, Cout, Cin / groups, kh, kw), before channel and filter scaling."""
-    if kernel_attention is None:
-        kernels = weight.expand(batch, *weight.shape[1:])
-    else:
-        # One matrix product reads the bank once and makes no (B, n, ...) intermediate.
-        kernels = kernel_attention.to(weight.dtype) @ weight.flatten(1)
-        kernels = kernels.view(batch, *weight.shape[1:])
-    if spatial_attention is not None:
-        kernels = kernels * spatial_attention.to(kernels.dtype)[:, None, None]
-    return kernels
+def _grouped(input, weight, a, s, c, f, stride, padding, dilation, groups) -> Tensor:
+    if torch.compiler.is_compiling():
+        # Plain operations, so that the compiler sees through to fuse and to save what it likes.
+        gate = input_gate(weight, s, c, groups)
+        kernels = fold(mix(weight, a, len(input)), gate, f, groups)
+        return convolve(input, kernels, stride, padding, dilation, groups)
+    return GroupedConv.apply(input, weight, a, s, c, f, stride, padding, dilation, groups)
+
+
+def _blocked(input, weight, a, s, c, f, stride, padding, dilation, groups) -> Tensor:
+    if groups != 1:
+        raise ValueError(f"plan 'blocked' is for groups=1, got {groups}")
+    return BlockedConv.apply(input, weight, a, s, c, f, stride, padding, dilation)
+
+
+PLANS = dict(grouped=_grouped, blocked=_blocked)
+_forced_plan: Optional[str] = None
+
+
+@contextlib.contextmanager
+def force_plan(plan: str) -> Iterator[None]:
+    """Run every :func:`dynamic_conv2d` inside by one plan; for tests and benchmarks.
+
+    Raises:
+        ValueError: if there is no such plan.
+    """
+    global _forced_plan
+    if plan not in PLANS:
+        raise ValueError(f'plan must be one of {sorted(PLANS)}, got {plan!r}')
+    before, _forced_plan = _forced_plan, plan
+    try:
+        yield
+    finally:
+        _forced_plan = before
+
+
+def choose_plan(input: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> str:
+    """Blocks where mixing whole kernels would move more data than the convolution does."""
+    if groups != 1 or len(input) == 1 or torch.compiler.is_compiling():
+        return 'grouped'
+    pixels = math.prod(output_size(input, weight, stride, padding, dilation))
+    if len(weight) > 1 and is_pointwise(weight, stride, padding):
+        return 'blocked'  # no patches to make
+    return 'blocked' if 0 < pixels < weight.shape[1] else 'grouped'
+
+
+def _empty_batch(input, weight, a, s, c, f, stride, padding, dilation, groups) -> Tensor:
+    # No image has a kernel, yet every argument must stay in the graph: under DDP a rank with an
+    # empty batch would otherwise leave the others waiting for its gradients.
+    output = F.conv2d(input, weight.sum(0), None, stride, padding, dilation, groups)
+    for attention in (a, s, c, f):
+        if attention is not None:
+            output = output + attention.sum()
+    return output
+
+
+def _compute_dtype(input: Tensor) -> torch.dtype:
+    kind = input.device.type
+    if torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return input.dtype
+
+
+def _pair(value: Size2d) -> Tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _resolve_padding(input, weight, stride, padding, dilation) -> Tuple[Tensor, Tuple[int, int]]:
+    """Numbers for 'same' and 'valid', as nn.Conv2d reads them; an odd 'same' pads the input."""
+    if padding == 'valid':
+        return input, (0, 0)
+    if padding != 'same':
+        return input, _pair(padding)
+    if _pair(stride) != (1, 1):
+        raise ValueError(f"padding='same' needs stride 1, got {stride}")
+    totals = [d * (k - 1) for d, k in zip(_pair(dilation), weight.shape[3:])]
+    if all(total % 2 == 0 for total in totals):
+        return input, tuple(total // 2 for total in totals)
+    before = [total // 2 for total in totals]
+    after = [total - first for total, first in zip(totals, before)]
+    return F.pad(input, (before[1], after[1], before[0], after[0])), (0, 0)
 
 
 def _check_shapes(input, weight, groups, kernel_attention, spatial_attention, channel_attention,

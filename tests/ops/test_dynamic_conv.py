@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmdet_odconv.ops import dynamic_conv2d
+from mmdet_odconv.ops import dynamic_conv2d, force_plan
+from mmdet_odconv.ops.dynamic_conv import PLANS
 
 ATTENTIONS = ('kernel_attention', 'spatial_attention', 'channel_attention', 'filter_attention')
 
@@ -43,10 +44,13 @@ def calls(draw):
 @given(calls())
 def test_equals_the_formula_and_every_gradient(call):
     x, weight, bias, geometry, attentions = call
-    reference.assert_same_with_gradients(
-        dynamic_conv2d(x, weight, bias, *geometry, **attentions),
-        reference.dynamic_conv2d(x, weight, bias, *geometry, **attentions),
-        dict(input=x, weight=weight, bias=bias, **attentions))
+    groups = geometry[-1]
+    for plan in PLANS if groups == 1 else ['grouped']:
+        with force_plan(plan):
+            ours = dynamic_conv2d(x, weight, bias, *geometry, **attentions)
+        reference.assert_same_with_gradients(
+            ours, reference.dynamic_conv2d(x, weight, bias, *geometry, **attentions),
+            dict(input=x, weight=weight, bias=bias, **attentions))
 
 
 def test_empty_batch_keeps_every_argument_in_the_graph():
