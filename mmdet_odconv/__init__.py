@@ -15,7 +15,7 @@ if not os.environ.get('MMDET_ODCONV_LAYERS_ONLY'):
 
     check_stack()
 
-    from .backbones import ODMobileNetV2, ODResNet, ODResNeXt, ODResNetV1d
+    from .backbones import ODMobileNetV2, ODResNet, ODResNetV1d, ODResNeXt
     from .checkpoints import allow_mmengine_checkpoints
     from .engine import InputCheckHook
     from .errors import InputError

@@ -75,7 +75,7 @@ def explain(error: BaseException) -> Optional[str]:
         name, _, kind = unknown.groups()
         name = name.strip('\'"')
         near = difflib.get_close_matches(name, _known_types(), n=3)
-        hint = f'did you mean {" or ".join(near)}?' if near else 'check its name and custom_imports.'
+        hint = f'did you mean {" or ".join(near)}?' if near else 'check it and custom_imports.'
         return f'No {kind} is registered as {name}: {hint}'
     dataset = _locals_of(error, 'load_data_list').get('self')
     if dataset is not None:
@@ -94,8 +94,8 @@ def explain(error: BaseException) -> Optional[str]:
 
 
 def _known_types() -> list:
-    children = [child for child in MODELS.children.values()]
-    return sorted({name for registry in (MODELS, *children) for name in registry.module_dict})
+    registries = (MODELS, *MODELS.children.values())
+    return sorted({name for registry in registries for name in registry.module_dict})
 
 
 def _locals_of(error: BaseException, function: str) -> Dict[str, Any]:

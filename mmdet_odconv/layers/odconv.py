@@ -161,7 +161,7 @@ def _is_synchronised(norm: nn.Module) -> bool:
             and torch.distributed.get_world_size(norm.process_group) > 1)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _warn_single_image() -> None:
     warnings.warn(
         'ODConv2d is training with one image per device, where the BatchNorm of its attention '

@@ -162,7 +162,8 @@ def test_one_image_per_device_uses_running_statistics_and_says_so_once():
 
 
 @pytest.mark.parametrize('norm_cfg', [
-    dict(type='GN'), dict(type='GN', num_groups=2), dict(type='LN'), dict(type='BN', momentum=0.01)])
+    dict(type='GN'), dict(type='GN', num_groups=2), dict(type='LN'),
+    dict(type='BN', momentum=0.01)])
 def test_other_norms_train_with_any_batch(norm_cfg):
     layer = ODConv2d(8, 12, 3, norm_cfg=norm_cfg).train()
     for batch in (1, 2):

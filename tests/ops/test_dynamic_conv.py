@@ -31,7 +31,7 @@ def calls(draw):
 
     shapes = dict(zip(ATTENTIONS, [(batch, n), (batch, *kernel), (batch, cin), (batch, cout)]))
     attentions = {
-        name: rand(*shape) if (name == 'kernel_attention' and n > 1) or draw(st.booleans()) else None
+        name: rand(*shape) if name == 'kernel_attention' and n > 1 or draw(st.booleans()) else None
         for name, shape in shapes.items()
     }
     x = rand(batch, cin, *size)

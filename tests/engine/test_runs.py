@@ -1,0 +1,226 @@
+"""Real runs of the command-line tools on real images: train, resume, test, and their errors."""
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import digits
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.fileio import LocalBackend
+from mmengine.runner import load_checkpoint
+
+from mmdet_odconv import InputError
+from mmdet_odconv.engine.launch import explain
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A directory with the data and a run of three epochs in run/, and what it printed."""
+    root = tmp_path_factory.mktemp('trained')
+    digits.make(root)
+    result = digits.tool(root, 'train.py', digits.CONFIG, '--work-dir', 'run', '--cfg-options',
+                         'default_hooks.checkpoint.max_keep_ckpts=3', *digits.TINY)
+    return root, result.stdout
+
+
+def maps(output):
+    return re.findall(r'coco/bbox_mAP: (\S+)', output)
+
+
+def test_training_ends_with_a_coco_table_and_checkpoints(trained):
+    root, output = trained
+    assert 'Average Precision  (AP) @[ IoU=0.50:0.95' in output
+    assert len(maps(output)) == 3
+    assert {p.name for p in (root / 'run').glob('*.pth')} == {f'epoch_{i}.pth' for i in (1, 2, 3)}
+
+
+def test_testing_gives_what_training_last_evaluated(trained):
+    root, output = trained
+    result = digits.tool(root, 'test.py', 'run/' + digits.CONFIG, 'run/epoch_3.pth', '--work-dir',
+                         'run', '--out', 'run/predictions.pkl', '--cfg-options',
+                         'test_evaluator.classwise=True')
+    assert maps(result.stdout) == maps(output)[-1:]
+    assert re.search(r'\| category \| +mAP', result.stdout)
+    report = digits.tool(root, 'analysis_tools/report.py', 'run')
+    assert 'AP @ IoU 0.50:0.95' in report.stdout
+    metrics = json.loads((root / 'run/metrics.json').read_text())
+    assert metrics['bbox_mAP'] == float(maps(output)[-1])
+    for name in ('curves.png', 'predictions.png'):
+        assert (root / 'run' / name).read_bytes().startswith(b'\x89PNG')
+        assert name in report.stdout
+
+
+def test_resuming_continues_where_the_run_stopped(trained, tmp_path):
+    root, output = trained
+    shutil.copytree(root / 'data', tmp_path / 'data')
+    work = tmp_path / 'run'
+    work.mkdir()
+    shutil.copy(root / 'run/epoch_1.pth', work)
+    (work / 'last_checkpoint').write_text(str(work / 'epoch_1.pth'))
+    result = digits.tool(tmp_path, 'train.py', digits.CONFIG, '--work-dir', 'run', '--resume',
+                         '--cfg-options', *digits.TINY)
+    assert 'resumed epoch: 1, iter: 1' in result.stdout
+    assert not re.search(r'Epoch\(train\) +\[1\]', result.stdout)
+    resumed, whole = (torch.load(path / 'run/epoch_3.pth')['state_dict']
+                      for path in (tmp_path, root))
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_amp_and_auto_scale_lr(trained):
+    root, _ = trained
+    digits.tool(root, 'train.py', digits.CONFIG, '--work-dir', 'amp', '--amp', '--auto-scale-lr',
+                '--cfg-options', *digits.TINY, 'train_cfg.max_epochs=1')
+    assert (root / 'amp/epoch_1.pth').is_file()
+
+
+def test_mask_rcnn_reports_both_maps(trained):
+    root, _ = trained
+    result = digits.tool(root, 'train.py', digits.CONFIG.replace('faster', 'mask'), '--work-dir',
+                         'mask', '--cfg-options', *digits.TINY, 'train_cfg.max_epochs=1')
+    assert 'coco/bbox_mAP: ' in result.stdout and 'coco/segm_mAP: ' in result.stdout
+
+
+def test_two_processes_train_with_no_unused_parameter(trained):
+    root, _ = trained
+    script = root / 'ddp.py'
+    script.write_text(f'''
+import sys
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+def main(rank):
+    dist.init_process_group('gloo', init_method='file://{root}/store', rank=rank, world_size=2)
+    import mmdet_odconv
+    from mmengine.config import Config, DictAction
+    from mmengine.runner import Runner
+    cfg = Config.fromfile(mmdet_odconv.engine.launch.find_config({digits.CONFIG!r}))
+    for option in {digits.TINY!r}:
+        key, _, value = option.partition('=')
+        cfg.merge_from_dict({{key: DictAction._parse_iterable(value)}})
+    cfg.launcher, cfg.work_dir, cfg.train_cfg.max_epochs = 'pytorch', 'ddp', 2
+    cfg.train_dataloader.batch_size = 2
+    cfg.find_unused_parameters = False
+    runner = Runner.from_cfg(cfg)
+    assert type(runner.model).__name__ == 'MMDistributedDataParallel'
+    runner.train()
+
+if __name__ == '__main__':
+    mp.spawn(main, nprocs=2)
+''')
+    result = subprocess.run([sys.executable, str(script)], cwd=root, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len(re.findall(r'Epoch\(train\) +\[\d\]\[1/1\]', result.stdout)) == 2
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    (['data_root=nowhere/', 'train_dataloader.dataset.data_root=nowhere/'],
+     r'Annotation file nowhere/annotations/train\.json does not exist: set data_root'),
+    (['train_dataloader.dataset.ann_file=bad.json'],
+     r'Annotation file data/digits/bad\.json could not be read as COCO \(JSONDecodeError: .*\): '),
+    (['train_dataloader.dataset.ann_file=list.json'],
+     r'Annotation file data/digits/list\.json could not be read as COCO \(.*\): expected a JSON'),
+    (['train_dataloader.dataset.ann_file=keys.json'],
+     r'Annotation file data/digits/keys\.json could not be read as COCO \(.*\): expected a JSON'),
+    (['train_dataloader.dataset.data_prefix.img=elsewhere/'],
+     r'Image data/digits/elsewhere/\d+\.jpg does not exist: set data_root'),
+    (['model.roi_head.bbox_head.num_classes=7'],
+     r'roi_head\.bbox_head has num_classes=7 but .*train\.json has 10 classes: set num_classes=10'),
+    (['train_dataloader.dataset.metainfo.classes=["0","1","cat"]'],
+     r'train\.json has 2 of the 3 classes that the config names \(0, 1, cat\): set'),
+    (['model.backbone.type=ODResnet'],
+     r'No model is registered as ODResnet: did you mean ODResNet'),
+    (['model.neck.conv_cfg.type=ODConv'],
+     r'No model is registered as ODConv: did you mean ODConv2d'),
+    (['load_from=nosuch.pth'], r'Checkpoint nosuch\.pth does not exist: give the path'),
+    (['load_from=run/epoch_1.pth', 'model.backbone.kernel_num=4'],
+     r'has a bank of kernel_num=4, .* but the checkpoint holds a bank of kernel_num=2'),
+])
+def test_a_users_mistake_is_answered_by_one_sentence(trained, options, message):
+    root, _ = trained
+    (root / 'data/digits/bad.json').write_text('<html>not found</html>')
+    (root / 'data/digits/list.json').write_text('[1, 2]')
+    (root / 'data/digits/keys.json').write_text('{"pictures": []}')
+    before = {p: p.stat().st_mtime_ns for p in (root / 'run').glob('*.pth')}
+    result = digits.tool(root, 'train.py', digits.CONFIG, '--work-dir', 'run', '--cfg-options',
+                         *digits.TINY, *options, check=False)
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 1 and last.startswith('error: '), result.stderr[-2000:]
+    assert re.search(message, last), last
+    assert 'Traceback' not in result.stderr
+    assert before == {p: p.stat().st_mtime_ns for p in (root / 'run').glob('*.pth')}
+
+
+def test_testing_a_checkpoint_of_another_architecture(trained):
+    root, _ = trained
+    result = digits.tool(root, 'test.py', 'run/' + digits.CONFIG, 'run/epoch_3.pth', '--work-dir',
+                         'other', '--cfg-options', 'model.roi_head.bbox_head.fc_out_channels=64',
+                         check=False)
+    last = result.stderr.strip().splitlines()[-1]
+    assert re.search(r'another architecture than FasterRCNN in the config: of \d+ tensors 0 are '
+                     r'missing and \d+ have another shape \(roi_head\.bbox_head\.', last), last
+
+
+def test_config_not_found_suggests_the_nearest(tmp_path):
+    result = digits.tool(tmp_path, 'train.py', 'faster-rcnn_od-r50-k2_fpn_1x_coco.py', check=False)
+    assert result.stderr.strip().startswith('error: Config faster-rcnn_od-r50-k2_fpn_1x_coco.py')
+    assert 'did you mean faster-rcnn_od-r50-k' in result.stderr
+
+
+@pytest.fixture
+def tiny_model(trained):
+    root, _ = trained
+    return MODELS.build(Config.fromfile(root / 'run' / digits.CONFIG).model)
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.path, )
+
+
+def test_a_malicious_pickle_is_refused_and_does_not_run(tiny_model, tmp_path):
+    planted = tmp_path / 'ran'
+    torch.save({'state_dict': {}, 'meta': Malicious(planted)}, tmp_path / 'evil.pth')
+    with pytest.raises(InputError, match='was refused, and nothing in it was run, because it '
+                       r'holds \S*(Path|touch)\S*, where'):
+        load_checkpoint(tiny_model, str(tmp_path / 'evil.pth'))
+    assert not planted.exists()
+    torch.load(tmp_path / 'evil.pth', weights_only=False)  # it would have run
+    assert planted.exists()
+
+
+@pytest.mark.parametrize(('content', 'message'), [
+    (b'<html>404</html>', 'is not a checkpoint that torch can read'),
+    (b'', 'is (cut short or damaged|not a checkpoint)'),
+    (None, r'is cut short or damaged \(\d+ bytes\)'),
+])
+def test_a_damaged_checkpoint(tiny_model, trained, tmp_path, content, message):
+    if content is None:
+        content = (trained[0] / 'run/epoch_1.pth').read_bytes()[:-5000]
+    (tmp_path / 'bad.pth').write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load_checkpoint(tiny_model, str(tmp_path / 'bad.pth'))
+
+
+def test_a_checkpoint_that_is_no_dict(tiny_model, tmp_path):
+    torch.save([1, 2], tmp_path / 'list.pth')
+    with pytest.raises(InputError, match='holds a list, where a dict of weights was expected'):
+        load_checkpoint(tiny_model, str(tmp_path / 'list.pth'))
+
+
+def test_no_space_left_leaves_no_partial_checkpoint(tmp_path):
+    path = tmp_path / 'epoch_1.pth'
+    path.symlink_to('/dev/full')
+    with pytest.raises(OSError, match='No space left') as caught:
+        LocalBackend().put(b'x', str(path))
+    sentence = explain(caught.value)
+    assert f'while writing {path}, which was removed' in sentence and '--resume' in sentence
+    assert not path.is_symlink()

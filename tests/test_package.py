@@ -1,0 +1,122 @@
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import digits
+import mmcv
+import mmdet
+import mmengine
+import pytest
+
+import mmdet_odconv
+from mmdet_odconv import stack
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code, **env):
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, **env})
+
+
+def test_importing_prints_nothing_and_costs_little_beyond_mmdet():
+    result = python('import time, warnings; warnings.simplefilter("ignore"); import mmdet.models, '
+                    'mmdet.engine, mmcv.ops; start = time.perf_counter(); import mmdet_odconv; '
+                    'import sys; sys.exit(time.perf_counter() - start > 1)')
+    assert result.returncode == 0
+    assert mmdet_odconv.__name__ not in result.stdout + result.stderr
+    quiet = python('import contextlib, io, mmdet.models\nout = io.StringIO()\n'
+                   'with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):\n'
+                   '    import mmdet_odconv\nassert out.getvalue() == "", out.getvalue()')
+    assert quiet.returncode == 0, quiet.stderr
+
+
+@pytest.mark.parametrize(('module', 'version', 'message'), [
+    (mmdet, '2.28.0', 'needs mmdet>=3.1.0,<4.0.0, found 2.28.0: pip install "mmdet>=3.1,<4"'),
+    (mmcv, '1.7.1', 'needs mmcv>=2.0.0,<2.4.0, found 1.7.1: pip install "mmcv'),
+    (mmengine, '1.0.0', 'needs mmengine>=0.10.0,<1.0.0, found 1.0.0: pip install "mmengine'),
+])
+def test_a_package_out_of_range(monkeypatch, module, version, message):
+    monkeypatch.setattr(module, '__version__', version)
+    with pytest.raises(ImportError, match=re.escape(message)):
+        stack.check_stack()
+
+
+@pytest.mark.parametrize('name', ['mmcv', 'mmdet', 'mmengine'])
+def test_a_missing_package(monkeypatch, name):
+    def missing(module):
+        if module == name:
+            raise ModuleNotFoundError(f'No module named {module!r}', name=module)
+        return sys.modules[module]
+
+    monkeypatch.setattr(stack.importlib, 'import_module', missing)
+    with pytest.raises(ImportError, match=f'needs {name}>=.*, but {name} is not installed: pip'):
+        stack.check_stack()
+
+
+def test_mmcv_without_ops(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'mmcv.ops', None)
+    with pytest.raises(ImportError, match='needs mmcv with its ops .* MMCV_WITH_OPS=1 pip install'):
+        stack.check_stack()
+
+
+def test_mmdet_that_refuses_its_mmcv(monkeypatch):
+    def refuse(module):
+        if module == 'mmdet':
+            raise AssertionError('MMCV==2.2.0 is used but incompatible.')
+        return sys.modules[module]
+
+    monkeypatch.setattr(stack.importlib, 'import_module', refuse)
+    with pytest.raises(ImportError, match='mmdet.* that fits the others: MMCV==2.2.0 is used'):
+        stack.check_stack()
+
+
+def test_ops_need_torch_alone_and_layers_mmengine():
+    block = ('import sys\nfor name in {}: sys.modules[name] = None\n'
+             'import torch, mmdet_odconv.{} as m\n')
+    run = 'print(m.dynamic_conv2d(torch.ones(1, 2, 4, 4), torch.ones(1, 3, 2, 3, 3)).shape)'
+    result = python(block.format(['mmcv', 'mmdet', 'mmengine'], 'ops') + run,
+                    MMDET_ODCONV_LAYERS_ONLY='1')
+    assert 'torch.Size([1, 3, 2, 2])' in result.stdout, result.stderr
+    run = 'print(m.ODConv2d(2, 3, 3)(torch.ones(2, 2, 4, 4)).shape)'
+    result = python(block.format(['mmcv', 'mmdet'], 'layers') + run, MMDET_ODCONV_LAYERS_ONLY='1')
+    assert 'torch.Size([2, 3, 2, 2])' in result.stdout, result.stderr
+
+
+def test_requirements_drag_in_no_stack():
+    names = (ROOT / 'requirements/runtime.txt').read_text().split()
+    assert not {'torch', 'mmcv', 'mmengine', 'mmdet'} & set(names)
+
+
+def test_the_wheel_trains_by_bare_config_name_from_anywhere(tmp_path):
+    source, site, work = tmp_path / 'source', tmp_path / 'site', tmp_path / 'work'
+    tracked = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard'], cwd=ROOT,
+                             capture_output=True, text=True, check=True).stdout.split()
+    for name in tracked:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name, follow_symlinks=False) if not (
+            ROOT / name).is_dir() else (source / name).symlink_to(os.readlink(ROOT / name))
+    pip = [sys.executable, '-m', 'pip', '-q', '--disable-pip-version-check']
+    subprocess.run([*pip, 'wheel', '--no-deps', '--no-build-isolation', '-w', tmp_path, source],
+                   check=True)
+    wheel, = tmp_path.glob('mmdet_odconv-*.whl')
+    subprocess.run([*pip, 'install', '--no-deps', '--target', site, wheel], check=True)
+    mim = site / 'mmdet_odconv/.mim'
+    assert not any(path.is_symlink() for path in mim.rglob('*'))
+    assert (mim / 'model-index.yml').is_file() and (mim / 'tools/train.py').is_file()
+    assert len(list((mim / 'configs').glob('[a-z]*/*.py'))) == 20
+
+    work.mkdir()
+    env = {**os.environ, 'PYTHONPATH': str(site)}
+    run = [str(Path(sys.executable).with_name('mim'))]
+    subprocess.run([*run, 'run', 'mmdet_odconv', 'digits', 'data/digits', '--train', '4', '--val',
+                    '4', '--size', '96'], cwd=work, env=env, check=True)
+    result = subprocess.run([*run, 'train', 'mmdet_odconv', digits.CONFIG, '--cfg-options',
+                             *digits.TINY, 'train_cfg.max_epochs=1'], cwd=work, env=env,
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert str(site) in result.stdout and 'Training finished successfully' in result.stdout
+    assert (work / 'work_dirs' / Path(digits.CONFIG).stem / 'epoch_1.pth').is_file()
