@@ -9,6 +9,7 @@ import contextlib
 import os
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Callable
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader, load_from_http, load_from_local
+from mmengine.utils import digit_version
 
 from ..errors import InputError
 
@@ -23,19 +25,30 @@ from ..errors import InputError
 def allow_mmengine_checkpoints() -> None:
     """Let MMEngine read its own checkpoints, and nothing more, with weights_only on.
 
-    Before torch 2.5, which can be told of no further class, loading is left as it is.
+    Before torch 2.6, whose unpickler is not weights-only by default, loading is left as it is.
     """
-    if not hasattr(torch.serialization, 'safe_globals'):
+    if digit_version(torch.__version__) < digit_version('2.6.0'):
         return
     reconstruct = np.ones(1).__reduce__()[0]
     scalar = np.float64(1).__reduce__()[0]
     torch.serialization.add_safe_globals([
         HistoryBuffer, np.ndarray, np.dtype, reconstruct, scalar,
-        *(type(np.dtype(kind)) for kind in (bool, np.int32, np.int64, np.float32, np.float64))
+        *(type(np.dtype(kind)) for kind in (bool, np.int32, np.int64, np.float32, np.float64)),
+        (_statistic, 'builtins.getattr')
     ])
     CheckpointLoader.register_scheme('', _weights_only(load_from_local), force=True)
     CheckpointLoader.register_scheme(('http://', 'https://'), _weights_only(load_from_http),
                                      force=True)
+
+
+def _statistic(owner, name: str):
+    """Stands for getattr: all that a log history asks of it is its own statistics, by name.
+
+    getattr itself would let a file reach anything from what is allowed.
+    """
+    if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current'):
+        raise pickle.UnpicklingError(f'GLOBAL getattr({owner!r}, {name!r}) was not allowed')
+    return getattr(owner, name)
 
 
 def _weights_only(load: Callable[..., dict]) -> Callable[..., dict]:
@@ -50,16 +63,16 @@ def _weights_only(load: Callable[..., dict]) -> Callable[..., dict]:
             with _force_weights_only():
                 checkpoint = load(filename, map_location=map_location, **kwargs)
         except pickle.UnpicklingError as error:
-            refused = re.search(r'[Uu]nsupported (?:global|class|operand)[^\n]*?([\w.]+\.\w+)',
-                                str(error))
-            if refused is None:
+            if not _is_pickle(filename):
                 raise InputError(f'{filename} is not a checkpoint that torch can read: give a '
                                  'file that torch.save wrote, whole.') from error
+            found = re.search(r'GLOBAL (.+?) was not|WeightsUnpickler error: (.+)', str(error))
+            found = next(filter(None, found.groups())) if found else 'more than weights'
             raise InputError(
                 f'Checkpoint {filename} was refused, and nothing in it was run, because it holds '
-                f'{refused.group(1)}, where tensors, plain Python values and MMEngine logs were '
-                'expected: save the weights alone, torch.save({"state_dict": ...}), where you '
-                'trust the file.') from error
+                f'{found}, where tensors, plain Python values and MMEngine logs were expected: '
+                'if you trust it, save its weights alone, torch.save({"state_dict": ...}), and '
+                'give that file.') from error
         except (EOFError, RuntimeError) as error:
             if not _is_damaged(error):
                 raise
@@ -72,6 +85,14 @@ def _weights_only(load: Callable[..., dict]) -> Callable[..., dict]:
         return checkpoint
 
     return load_weights_only
+
+
+def _is_pickle(filename: str) -> bool:
+    """Whether torch.save could have written the file, in either of its formats."""
+    if zipfile.is_zipfile(filename):
+        return True
+    with open(filename, 'rb') as file:
+        return file.read(1) == pickle.PROTO
 
 
 def _is_damaged(error: Exception) -> bool:

@@ -16,6 +16,9 @@ from torch.autograd.function import once_differentiable
 # Mixed rows of all images, in bytes: what a core's second-level cache holds with room to spare.
 BLOCK_BYTES = 2**22
 
+# Output pixels below which computing the output again beats two passes over the mixed kernels.
+RECOMPUTED_PIXELS = 96
+
 
 class BlockedConv(torch.autograd.Function):
     """Forward and backward of the plan, for groups=1; see ``dynamic_conv2d``."""
@@ -55,22 +58,36 @@ class BlockedConv(torch.autograd.Function):
         needs_input = ctx.needs_input_grad[0] or gate is not None
         needs_kernels = any(ctx.needs_input_grad[i] for i in (1, 2, 5))
         scaled = grad if f is None else grad * f[:, :, None]
+        # A map this small costs less to compute again than a pass over all kernels for f's sake.
+        recompute = f is not None and columns.shape[2] < RECOMPUTED_PIXELS
+        shared = a is None and (f is None or recompute)
         grad_columns = None
         if needs_input:
             grad_columns = bank[0].mT @ scaled if a is None else torch.zeros_like(columns)
         grad_bank = torch.empty_like(bank) if ctx.needs_input_grad[1] else None
         grad_a = None if a is None else torch.zeros_like(a)
         grad_f = None if f is None else torch.empty_like(f)
-        for rows in row_blocks(bank, batch):
+        if shared and needs_kernels:
+            if f is not None:
+                grad_f = (grad * (bank[0] @ columns)).sum(-1)
+            if grad_bank is not None:
+                torch.mm(scaled.transpose(0, 1).flatten(1), columns.transpose(0, 1).flatten(1).mT,
+                         out=grad_bank[0])
+        for rows in () if shared else row_blocks(bank, batch):
             kernels = mix_rows(bank, a, rows)
             if needs_input and a is not None:
                 grad_columns.baddbmm_(kernels.mT, scaled[:, rows])
             if not needs_kernels:
                 continue
-            grad_kernels = grad[:, rows] @ columns.mT
-            if f is not None:
+            if f is None or recompute:
+                grad_kernels = scaled[:, rows] @ columns.mT
+            else:
+                grad_kernels = grad[:, rows] @ columns.mT
+            if recompute:
+                grad_f[:, rows] = (grad[:, rows] * (kernels @ columns)).sum(-1)
+            elif f is not None:
                 # Before it is scaled by f: no gradient is ever divided by an attention.
-                grad_f[:, rows] = (grad_kernels * kernels).sum(-1)
+                grad_f[:, rows] = torch.linalg.vecdot(grad_kernels, kernels)
                 grad_kernels *= f[:, rows, None]
             if a is None:
                 if grad_bank is not None:
@@ -78,7 +95,7 @@ class BlockedConv(torch.autograd.Function):
                 continue
             flat = grad_kernels.flatten(1)
             if grad_bank is not None:
-                grad_bank[:, rows] = (a.mT @ flat).view(len(bank), -1, bank.shape[2])
+                torch.mm(a.mT, flat, out=grad_bank[:, rows].flatten(1))
             grad_a.addmm_(flat, bank[:, rows].flatten(1).mT)
         grad_s = grad_c = None
         if gate is not None:
