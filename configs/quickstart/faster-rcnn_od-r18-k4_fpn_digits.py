@@ -15,7 +15,8 @@ model = dict(
         bbox_head=dict(
             in_channels=64, fc_out_channels=256, num_classes=10, loss_bbox=dict(loss_weight=2.0))),
     train_cfg=dict(
-        rpn_proposal=dict(nms_pre=500, max_per_img=100), rcnn=dict(sampler=dict(num=32, pos_fraction=0.5))),
+        rpn_proposal=dict(nms_pre=500, max_per_img=100),
+        rcnn=dict(sampler=dict(num=32, pos_fraction=0.5))),
     test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=100)))
 
 default_hooks = dict(

@@ -11,7 +11,8 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .grouped import differentiable_gradients
 
 # Mixed rows of all images, in bytes: what a core's second-level cache holds with room to spare.
 BLOCK_BYTES = 2**22
@@ -46,8 +47,9 @@ class BlockedConv(torch.autograd.Function):
         return output.view(len(input), -1, *size)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            return (*differentiable_gradients(ctx, grad, *ctx.geometry, 1), None, None, None)
         input, weight, a, s, c, f = ctx.saved_tensors
         geometry = ctx.geometry
         batch, bank = len(input), weight.flatten(2)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .blocked import BlockedConv, is_pointwise, output_size
-from .grouped import GroupedConv, convolve, fold, input_gate, mix
+from .grouped import GroupedConv, folded_conv2d
 
 Size2d = Union[int, Tuple[int, int]]
 
@@ -72,10 +72,8 @@ def dynamic_conv2d(input: Tensor,
 
 def _grouped(input, weight, a, s, c, f, stride, padding, dilation, groups) -> Tensor:
     if torch.compiler.is_compiling():
-        # Plain operations, so that the compiler sees through to fuse and to save what it likes.
-        gate = input_gate(weight, s, c, groups)
-        kernels = fold(mix(weight, a, len(input)), gate, f, groups)
-        return convolve(input, kernels, stride, padding, dilation, groups)
+        # The compiler fuses and saves what it likes.
+        return folded_conv2d(input, weight, a, s, c, f, stride, padding, dilation, groups)
     return GroupedConv.apply(input, weight, a, s, c, f, stride, padding, dilation, groups)
 
 

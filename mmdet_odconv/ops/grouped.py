@@ -10,7 +10,6 @@ from typing import Optional, Tuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def mix(weight: Tensor, kernel_attention: Optional[Tensor], batch: int) -> Tensor:
@@ -21,8 +20,8 @@ def mix(weight: Tensor, kernel_attention: Optional[Tensor], batch: int) -> Tenso
     return (kernel_attention @ weight.flatten(1)).view(batch, *weight.shape[1:])
 
 
-def input_gate(weight: Tensor, spatial_attention: Optional[Tensor],
-               channel_attention: Optional[Tensor], groups: int) -> Optional[Tensor]:
+def input_gate(spatial_attention: Optional[Tensor], channel_attention: Optional[Tensor],
+               groups: int) -> Optional[Tensor]:
     """c and s as one factor of the kernels, broadcastable to (B, groups, Cout/g, Cin/g, kh, kw)."""
     gate = None
     if channel_attention is not None:
@@ -43,8 +42,26 @@ def fold(mixed: Tensor, gate: Optional[Tensor], filter_attention: Optional[Tenso
         kernels = kernels * gate
     if filter_attention is not None:
         factor = filter_attention.view(len(mixed), groups, -1, 1, 1, 1)
-        kernels = kernels * factor if gate is None else kernels.mul_(factor)
+        kernels = kernels * factor
     return kernels.flatten(1, 2)
+
+
+def folded_conv2d(input, weight, kernel_attention, spatial_attention, channel_attention,
+                  filter_attention, stride, padding, dilation, groups) -> Tensor:
+    """The plan in plain operations, which autograd and torch.compile see through."""
+    gate = input_gate(spatial_attention, channel_attention, groups)
+    kernels = fold(mix(weight, kernel_attention, len(input)), gate, filter_attention, groups)
+    return convolve(input, kernels, stride, padding, dilation, groups)
+
+
+def differentiable_gradients(ctx, grad: Tensor, *geometry) -> Tuple[Optional[Tensor], ...]:
+    """Gradients of the saved tensors, themselves differentiable: for create_graph=True."""
+    needed = [i for i, needs in enumerate(ctx.needs_input_grad[:6]) if needs]
+    tensors = ctx.saved_tensors
+    output = folded_conv2d(*tensors, *geometry)
+    grads = torch.autograd.grad(output, [tensors[i] for i in needed], grad, create_graph=True)
+    found = dict(zip(needed, grads))
+    return tuple(found.get(i) for i in range(6))
 
 
 class GroupedConv(torch.autograd.Function):
@@ -56,18 +73,18 @@ class GroupedConv(torch.autograd.Function):
         ctx.save_for_backward(input, weight, kernel_attention, spatial_attention,
                               channel_attention, filter_attention)
         ctx.geometry = stride, padding, dilation, groups
-        gate = input_gate(weight, spatial_attention, channel_attention, groups)
-        kernels = fold(mix(weight, kernel_attention, len(input)), gate, filter_attention, groups)
-        return convolve(input, kernels, stride, padding, dilation, groups)
+        return folded_conv2d(input, weight, kernel_attention, spatial_attention, channel_attention,
+                             filter_attention, stride, padding, dilation, groups)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            return (*differentiable_gradients(ctx, grad, *ctx.geometry), None, None, None, None)
         input, weight, a, s, c, f = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
         batch = len(input)
         mixed = mix(weight, a, batch)
-        gate = input_gate(weight, s, c, groups)
+        gate = input_gate(s, c, groups)
         kernels = fold(mixed, gate, f, groups)
         needs_kernels = any(ctx.needs_input_grad[1:6])
         grad_input, grad_kernels, _ = torch.ops.aten.convolution_backward(

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmdet_odconv.ops import dynamic_conv2d, force_plan
-from mmdet_odconv.ops.dynamic_conv import PLANS
+from mmdet_odconv.ops import blocked, dynamic_conv2d, force_plan
+from mmdet_odconv.ops.dynamic_conv import PLANS, choose_plan
 
 ATTENTIONS = ('kernel_attention', 'spatial_attention', 'channel_attention', 'filter_attention')
 
@@ -96,3 +96,79 @@ def test_kernel_larger_than_padded_input_is_refused_as_by_conv2d():
     with pytest.raises(RuntimeError, match="Kernel size can't be greater than actual input size"):
         dynamic_conv2d(torch.zeros(2, 4, 2, 2), torch.zeros(2, 6, 4, 5, 5),
                        kernel_attention=torch.zeros(2, 2))
+
+
+def call_with_everything(batch=3, n=2, cin=4, cout=20, size=6, kernel=3):
+    def rand(*shape):
+        return torch.randn(*shape, dtype=torch.float64).requires_grad_()
+
+    return dict(
+        input=rand(batch, cin, size, size), weight=rand(n, cout, cin, kernel, kernel),
+        kernel_attention=rand(batch, n) if n > 1 else None,
+        spatial_attention=rand(batch, kernel, kernel), channel_attention=rand(batch, cin),
+        filter_attention=rand(batch, cout))
+
+
+@pytest.mark.parametrize('n', [1, 3])
+@pytest.mark.parametrize('recomputed_pixels', [0, 10**6])
+@pytest.mark.parametrize('absent', [None, 'spatial_attention', 'filter_attention'])
+def test_blocks_of_rows_and_both_ways_to_the_filter_gradient(monkeypatch, n, recomputed_pixels,
+                                                             absent):
+    monkeypatch.setattr(blocked, 'BLOCK_BYTES', 0)  # eight rows: three blocks of twenty
+    monkeypatch.setattr(blocked, 'RECOMPUTED_PIXELS', recomputed_pixels)
+    call = call_with_everything(n=n)
+    call[absent] = None
+    call.pop(None, None)
+    with force_plan('blocked'):
+        ours = dynamic_conv2d(**call, padding=1)
+    theirs = reference.dynamic_conv2d(call['input'], call['weight'], padding=1, **{
+        name: value for name, value in call.items() if name.endswith('attention')})
+    reference.assert_same_with_gradients(ours, theirs, call)
+
+
+@pytest.mark.parametrize('plan', sorted(PLANS))
+def test_only_gradients_that_are_asked_for(plan):
+    call = call_with_everything()
+    for names in (['input'], ['weight'], ['filter_attention'], ['kernel_attention', 'input']):
+        some = {name: value.detach().requires_grad_(name in names) for name, value in call.items()}
+        with force_plan(plan):
+            some_grads = torch.autograd.grad(dynamic_conv2d(**some).sum(), [some[n] for n in names])
+            grads = torch.autograd.grad(dynamic_conv2d(**call).sum(), [call[n] for n in names])
+        for some_grad, grad in zip(some_grads, grads):
+            torch.testing.assert_close(some_grad, grad)
+
+
+@pytest.mark.parametrize('plan', sorted(PLANS))
+def test_keeps_nothing_for_backward_but_what_it_was_given(plan):
+    call, saved = call_with_everything(), []
+    with force_plan(plan), torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: saved.append(tensor.data_ptr()) or tensor, lambda tensor: tensor):
+        dynamic_conv2d(**call)
+    assert set(saved) == {tensor.data_ptr() for tensor in call.values()}
+
+
+@pytest.mark.parametrize('plan', sorted(PLANS))
+def test_second_derivatives(plan):
+    call = call_with_everything(batch=2, cin=2, cout=3, size=4)
+    with force_plan(plan):
+        assert torch.autograd.gradgradcheck(
+            lambda *values: dynamic_conv2d(**dict(zip(call, values)), padding=1),
+            tuple(call.values()))
+
+
+def test_plans():
+    maps, small = torch.empty(2, 64, 48, 48), torch.empty(8, 512, 7, 7)
+
+    def plan(x, n=4, kernel=3, groups=1):
+        weight = torch.empty(n, x.shape[1], x.shape[1] // groups, kernel, kernel)
+        return choose_plan(x, weight, (1, 1), (kernel // 2, ) * 2, (1, 1), groups)
+
+    assert plan(maps) == 'grouped'
+    assert plan(maps, kernel=1) == 'blocked' and plan(maps, n=1, kernel=1) == 'grouped'
+    assert plan(small) == 'blocked' and plan(small, n=1, kernel=1) == 'blocked'
+    assert plan(small[:1]) == 'grouped' and plan(small, groups=512) == 'grouped'
+    with pytest.raises(ValueError, match=r"must be one of \['blocked', 'grouped'\], got 'fast'"):
+        force_plan('fast').__enter__()
+    with pytest.raises(ValueError, match="plan 'blocked' is for groups=1, got 4"), \
+            force_plan('blocked'):
+        dynamic_conv2d(torch.zeros(2, 4, 5, 5), torch.zeros(1, 4, 1, 3, 3), groups=4)
