@@ -17,14 +17,14 @@ if not os.environ.get('MMDET_ODCONV_LAYERS_ONLY'):
 
     from .backbones import ODMobileNetV2, ODResNet, ODResNetV1d, ODResNeXt
     from .checkpoints import allow_mmengine_checkpoints
-    from .engine import InputCheckHook
+    from .engine import InputCheckHook, TemperatureAnnealingHook
     from .errors import InputError
     from .layers import ODConv2d, set_temperature
     from .ops import dynamic_conv2d
 
     __all__ += [
         'InputCheckHook', 'InputError', 'ODConv2d', 'ODMobileNetV2', 'ODResNeXt', 'ODResNet',
-        'ODResNetV1d', 'dynamic_conv2d', 'set_temperature'
+        'ODResNetV1d', 'TemperatureAnnealingHook', 'dynamic_conv2d', 'set_temperature'
     ]
 
     allow_mmengine_checkpoints()

@@ -1,4 +1,4 @@
 """Hooks, and the door through which mmdet's own scripts are called."""
-from .hooks import InputCheckHook
+from .hooks import InputCheckHook, TemperatureAnnealingHook
 
-__all__ = ['InputCheckHook']
+__all__ = ['InputCheckHook', 'TemperatureAnnealingHook']

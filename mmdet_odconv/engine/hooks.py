@@ -1,4 +1,4 @@
-"""Checks that need the model and the data side by side, before hours are spent on them."""
+"""Hooks: temperature annealing, and checks before hours are spent on a mistaken input."""
 import re
 from typing import List
 
@@ -7,6 +7,51 @@ from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, Runner
 
 from ..errors import InputError
+from ..layers import set_temperature
+
+
+@HOOKS.register_module()
+class TemperatureAnnealingHook(Hook):
+    """Lets the temperature of all dynamic convolutions fall linearly to 1 as training begins.
+
+    Near-uniform attention at first trains every kernel of the bank (Dynamic Convolution, CVPR
+    2020, section 3.3; ODConv trains so from scratch too). The value follows from the iteration
+    alone, so that a resumed run continues with the right one; it is logged as ``temperature``.
+
+    Args:
+        begin: temperature of the first iteration, > 0.
+        end_epoch: number of epochs after which it is 1, > 0; may be fractional.
+        by_epoch: change the value at epochs only rather than at every iteration.
+
+    Raises:
+        ValueError: if ``begin`` or ``end_epoch`` is not greater than 0.
+    """
+
+    def __init__(self, begin: float = 30.0, end_epoch: float = 10, by_epoch: bool = False) -> None:
+        if not (begin > 0 and end_epoch > 0):
+            raise ValueError('begin and end_epoch must be greater than 0, got '
+                             f'{begin} and {end_epoch}')
+        self.begin, self.end_epoch, self.by_epoch = begin, end_epoch, by_epoch
+
+    def before_train(self, runner: Runner) -> None:
+        self._set(runner)
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        self._set(runner)
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
+        if not self.by_epoch:
+            self._set(runner)
+
+    def after_train(self, runner: Runner) -> None:
+        set_temperature(runner.model, 1.0)
+
+    def _set(self, runner: Runner) -> None:
+        epoch = runner.epoch if self.by_epoch else runner.iter / len(runner.train_dataloader)
+        progress = min(1.0, epoch / self.end_epoch)
+        value = self.begin + (1.0 - self.begin) * progress
+        set_temperature(runner.model, value)
+        runner.message_hub.update_scalar('train/temperature', value)
 
 
 @HOOKS.register_module()

@@ -1,5 +1,5 @@
 """What every dynamic convolution layer shares: geometry, bank, initialisation, forward."""
-from typing import Dict, Optional, Tuple, Union
+from typing import Dict, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -127,7 +127,7 @@ class DynamicConv2d(nn.Module):
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f'{type(self).__name__} expects an input of shape '
                              f'(B, {self.in_channels}, H, W), got {tuple(x.shape)}')
-        attentions: Dict[str, Optional[Tensor]] = self.attention(x, self.temperature)
+        attentions: Dict[str, Tensor] = self.attention(x, self.temperature)
         padding = self.padding
         if self.padding_mode != 'zeros':
             x = F.pad(x, self._pad_widths, mode=self.padding_mode)

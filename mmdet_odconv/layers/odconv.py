@@ -100,22 +100,23 @@ class ODAttention(nn.Module):
                     nn.init.zeros_(module.bias)
         self.bn.reset_parameters()
 
-    def forward(self, x: Tensor, temperature: float) -> Dict[str, Optional[Tensor]]:
+    def forward(self, x: Tensor, temperature: float) -> Dict[str, Tensor]:
         """Attentions of x, (B, Cin, H, W), as keyword arguments of ``dynamic_conv2d``."""
-        pooled = F.adaptive_avg_pool2d(x, 1)
-        hidden = F.relu(self._normalise(self.fc(pooled)))
+        hidden = _linear(self.fc, F.adaptive_avg_pool2d(x, 1).flatten(1))
+        hidden = F.relu(self._normalise(hidden[:, :, None, None])).flatten(1)
 
-        def logits(fc: Optional[nn.Conv2d]) -> Optional[Tensor]:
-            return None if fc is None else fc(hidden).flatten(1) / temperature
+        def logits(fc: nn.Conv2d) -> Tensor:
+            return _linear(fc, hidden) if temperature == 1 else _linear(fc, hidden) / temperature
 
-        channel, filter_, spatial, kernel = map(
-            logits, (self.channel_fc, self.filter_fc, self.spatial_fc, self.kernel_fc))
-        return dict(
-            kernel_attention=None if kernel is None else kernel.softmax(1),
-            spatial_attention=None if spatial is None else
-            spatial.sigmoid().unflatten(1, self.kernel_size),
-            channel_attention=channel.sigmoid(),
-            filter_attention=None if filter_ is None else filter_.sigmoid())
+        attentions = dict(channel_attention=logits(self.channel_fc).sigmoid())
+        if self.filter_fc is not None:
+            attentions['filter_attention'] = logits(self.filter_fc).sigmoid()
+        if self.spatial_fc is not None:
+            spatial = logits(self.spatial_fc).sigmoid()
+            attentions['spatial_attention'] = spatial.unflatten(1, self.kernel_size)
+        if self.kernel_fc is not None:
+            attentions['kernel_attention'] = logits(self.kernel_fc).softmax(1)
+        return attentions
 
     def _normalise(self, x: Tensor) -> Tensor:
         """Batch statistics of fewer than two pooled values do not exist: use the running ones."""
@@ -127,6 +128,11 @@ class ODAttention(nn.Module):
             return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias,
                                 False, 0.0, norm.eps)
         return norm(x)
+
+
+def _linear(fc: nn.Conv2d, x: Tensor) -> Tensor:
+    """A 1x1 convolution, as which the release stores it, of pooled values (B, C): far cheaper."""
+    return F.linear(x, fc.weight.flatten(1), fc.bias)
 
 
 def build_pooled_norm(cfg: dict, channels: int) -> nn.Module:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .grouped import differentiable_gradients
+from .folded import differentiable_gradients
 
 # Mixed rows of all images, in bytes: what a core's second-level cache holds with room to spare.
 BLOCK_BYTES = 2**22

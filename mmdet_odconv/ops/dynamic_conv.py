@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .blocked import BlockedConv, is_pointwise, output_size
-from .grouped import GroupedConv, folded_conv2d
+from .folded import FoldedConv, folded_conv2d
+from .grouped import grouped_conv2d
 
 Size2d = Union[int, Tuple[int, int]]
 
@@ -70,11 +71,11 @@ def dynamic_conv2d(input: Tensor,
     return output
 
 
-def _grouped(input, weight, a, s, c, f, stride, padding, dilation, groups) -> Tensor:
+def _folded(input, weight, a, s, c, f, stride, padding, dilation, groups) -> Tensor:
     if torch.compiler.is_compiling():
         # The compiler fuses and saves what it likes.
         return folded_conv2d(input, weight, a, s, c, f, stride, padding, dilation, groups)
-    return GroupedConv.apply(input, weight, a, s, c, f, stride, padding, dilation, groups)
+    return FoldedConv.apply(input, weight, a, s, c, f, stride, padding, dilation, groups)
 
 
 def _blocked(input, weight, a, s, c, f, stride, padding, dilation, groups) -> Tensor:
@@ -83,7 +84,7 @@ def _blocked(input, weight, a, s, c, f, stride, padding, dilation, groups) -> Te
     return BlockedConv.apply(input, weight, a, s, c, f, stride, padding, dilation)
 
 
-PLANS = dict(grouped=_grouped, blocked=_blocked)
+PLANS = dict(blocked=_blocked, folded=_folded, grouped=grouped_conv2d)
 _forced_plan: Optional[str] = None
 
 
@@ -107,11 +108,11 @@ def force_plan(plan: str) -> Iterator[None]:
 def choose_plan(input: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> str:
     """Blocks where mixing whole kernels would move more data than the convolution does."""
     if groups != 1 or len(input) == 1 or torch.compiler.is_compiling():
-        return 'grouped'
+        return 'folded'
     pixels = math.prod(output_size(input, weight, stride, padding, dilation))
     if len(weight) > 1 and is_pointwise(weight, stride, padding):
         return 'blocked'  # no patches to make
-    return 'blocked' if 0 < pixels < weight.shape[1] else 'grouped'
+    return 'blocked' if 0 < pixels < weight.shape[1] else 'folded'
 
 
 def _empty_batch(input, weight, a, s, c, f, stride, padding, dilation, groups) -> Tensor:

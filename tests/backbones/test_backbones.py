@@ -9,7 +9,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from mmdet_odconv import ODConv2d, ODMobileNetV2, ODResNet, ODResNetV1d, ODResNeXt
-from mmdet_odconv.backbones import replace_convs
+from mmdet_odconv.layers import replace_convs
 
 
 def kinds(model):

@@ -45,7 +45,7 @@ def calls(draw):
 def test_equals_the_formula_and_every_gradient(call):
     x, weight, bias, geometry, attentions = call
     groups = geometry[-1]
-    for plan in PLANS if groups == 1 else ['grouped']:
+    for plan in PLANS if groups == 1 else ['folded', 'grouped']:
         with force_plan(plan):
             ours = dynamic_conv2d(x, weight, bias, *geometry, **attentions)
         reference.assert_same_with_gradients(
@@ -138,7 +138,7 @@ def test_only_gradients_that_are_asked_for(plan):
             torch.testing.assert_close(some_grad, grad)
 
 
-@pytest.mark.parametrize('plan', sorted(PLANS))
+@pytest.mark.parametrize('plan', ['blocked', 'folded'])
 def test_keeps_nothing_for_backward_but_what_it_was_given(plan):
     call, saved = call_with_everything(), []
     with force_plan(plan), torch.autograd.graph.saved_tensors_hooks(
@@ -163,11 +163,11 @@ def test_plans():
         weight = torch.empty(n, x.shape[1], x.shape[1] // groups, kernel, kernel)
         return choose_plan(x, weight, (1, 1), (kernel // 2, ) * 2, (1, 1), groups)
 
-    assert plan(maps) == 'grouped'
-    assert plan(maps, kernel=1) == 'blocked' and plan(maps, n=1, kernel=1) == 'grouped'
+    assert plan(maps) == 'folded'
+    assert plan(maps, kernel=1) == 'blocked' and plan(maps, n=1, kernel=1) == 'folded'
     assert plan(small) == 'blocked' and plan(small, n=1, kernel=1) == 'blocked'
-    assert plan(small[:1]) == 'grouped' and plan(small, groups=512) == 'grouped'
-    with pytest.raises(ValueError, match=r"must be one of \['blocked', 'grouped'\], got 'fast'"):
+    assert plan(small[:1]) == 'folded' and plan(small, groups=512) == 'folded'
+    with pytest.raises(ValueError, match=r"must be one of \['blocked', .*\], got 'fast'"):
         force_plan('fast').__enter__()
     with pytest.raises(ValueError, match="plan 'blocked' is for groups=1, got 4"), \
             force_plan('blocked'):

@@ -1,0 +1,43 @@
+"""Static convolutions of a model that exists already, replaced by dynamic ones."""
+import re
+from typing import List
+
+from mmengine.registry import MODELS
+from torch import nn
+
+from .base import DynamicConv2d
+
+
+def replace_convs(model: nn.Module, pattern: str, conv_cfg: dict) -> List[str]:
+    """Replace static convolutions of ``model``, in place, by freshly initialised dynamic ones.
+
+    Args:
+        model: any torch model.
+        pattern: regular expression; every :class:`torch.nn.Conv2d` whose whole name matches is
+            replaced by a layer of the same geometry.
+        conv_cfg: the layer, e.g. ``dict(type='ODConv2d', kernel_num=4)``.
+
+    Returns:
+        The names of the convolutions replaced.
+
+    Raises:
+        ValueError: if ``conv_cfg`` names no dynamic convolution.
+    """
+    conv_cfg = dict(conv_cfg)
+    kind = conv_cfg.pop('type', None)
+    layer = kind if isinstance(kind, type) else MODELS.get(str(kind))
+    if layer is None or not issubclass(layer, DynamicConv2d):
+        raise ValueError(f'conv_cfg must name a dynamic convolution such as ODConv2d, got {kind!r}')
+    # Exactly nn.Conv2d: a subclass, such as a deformable convolution, has a reason to be there.
+    names = [
+        name for name, module in model.named_modules()
+        if type(module) is nn.Conv2d and re.fullmatch(pattern, name)
+    ]
+    for name in names:
+        conv = model.get_submodule(name)
+        parent, _, child = name.rpartition('.')
+        dynamic = layer(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
+                        conv.padding, conv.dilation, conv.groups, conv.bias is not None,
+                        conv.padding_mode, conv.weight.device, conv.weight.dtype, **conv_cfg)
+        setattr(model.get_submodule(parent), child, dynamic)
+    return names

@@ -1,0 +1,343 @@
+"""Time and memory of dynamic convolution, as ratios to alternatives measured in the same run.
+
+    python benchmark.py layer --channels 256 --size 26 42 --batch 2
+    python benchmark.py backbone ODResNet --depth 50 --batch 1 2 --size 416 672
+    python benchmark.py model torchvision.models.resnet50 --include 'layer.*conv.'
+    python benchmark.py detector faster-rcnn_od-r50-k4_fpn_1x_coco.py --size 416 672
+    python benchmark.py --suite
+
+Alternatives, interleaved round by round: ``static`` (nn.Conv2d), ``grouped`` (the formulation of
+the published code, a plan of dynamic_conv2d) and ``ours`` (the plan that dynamic_conv2d chooses).
+Milliseconds are medians over the rounds. 'saved' is the memory that autograd keeps for the
+backward pass beyond parameters, each storage counted once.
+"""
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+try:
+    import mmdet  # noqa: F401
+except ImportError:
+    # The layer and any-model benchmarks run where mmdet and mmcv are not.
+    os.environ.setdefault('MMDET_ODCONV_LAYERS_ONLY', '1')
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from mmdet_odconv.layers import ODConv2d
+from mmdet_odconv.ops import force_plan
+
+SUITE = [(name, kernel_num, batch, size)
+         for name in ('ODResNet', 'ODMobileNetV2')
+         for kernel_num, batch, size in ((4, 1, (416, 672)), (4, 2, (416, 672)), (1, 1, (416, 672)),
+                                         (1, 2, (416, 672)), (4, 16, (224, 224)))]
+DTYPES = {'fp32': None, 'fp16': torch.float16, 'bf16': torch.bfloat16}
+
+
+class Case:
+    """One model in its three guises, on one input."""
+
+    def __init__(self, label, static, dynamic, x, dtype, forward=None):
+        self.label, self.x, self.dtype = label, x, dtype
+        self.forward = forward or (lambda model, x: model(x))
+        self.models = {'static': (static, None), 'grouped': (dynamic, 'grouped'),
+                       'ours': (dynamic, None)}
+
+    @contextlib.contextmanager
+    def _plan(self, alternative):
+        plan = self.models[alternative][1]
+        autocast = torch.autocast(self.x.device.type, self.dtype, enabled=self.dtype is not None)
+        with force_plan(plan) if plan else contextlib.nullcontext(), autocast:
+            yield self.models[alternative][0]
+
+    def _outputs(self, model):
+        outputs = self.forward(model, self.x)
+        return [outputs] if torch.is_tensor(outputs) else list(outputs)
+
+    def inference(self, alternative):
+        """Seconds of one forward pass in evaluation mode."""
+        model = self.models[alternative][0].eval() or self.models[alternative][0]
+        with self._plan(alternative), torch.no_grad():
+            start = self._clock()
+            self._outputs(model)
+            return self._clock() - start
+
+    def training(self, alternative):
+        """Seconds of forward and backward in training mode, gradients of all parameters."""
+        model = self.models[alternative][0]
+        model.train()
+        model.zero_grad(set_to_none=True)
+        start = self._clock()
+        with self._plan(alternative):
+            outputs = self._outputs(model)
+        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+        return self._clock() - start
+
+    def saved_bytes(self, alternative):
+        """Bytes of the distinct storages that one forward pass keeps for backward."""
+        model = self.models[alternative][0]
+        model.train()
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        saved = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), \
+                self._plan(alternative):
+            outputs = self._outputs(model)
+        del outputs
+        return sum(saved.values())
+
+    def peak_bytes(self, alternative):
+        """CUDA bytes at the peak of a training step; None on the CPU, where torch counts none."""
+        if self.x.device.type != 'cuda':
+            return None
+        torch.cuda.reset_peak_memory_stats()
+        self.training(alternative)
+        return torch.cuda.max_memory_allocated()
+
+    def _clock(self):
+        if self.x.device.type == 'cuda':
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def run(self, modes, rounds):
+        """Records, one an alternative: ms of each mode, saved and peak MB, ratios to static."""
+        times = {(a, mode): [] for a in self.models for mode in modes}
+        for i in range(rounds + 1):  # the first round warms up
+            for alternative, mode in times:
+                seconds = getattr(self, mode)(alternative)
+                if i:
+                    times[alternative, mode].append(seconds)
+        records = []
+        for alternative in self.models:
+            record = {'case': self.label, 'alternative': alternative}
+            for mode in modes:
+                record[mode] = statistics.median(times[alternative, mode]) * 1e3
+            if 'training' in modes:
+                record['saved'] = self.saved_bytes(alternative) / 2**20
+                peak = self.peak_bytes(alternative)
+                record['peak'] = None if peak is None else peak / 2**20
+            records.append(record)
+        for record in records:
+            for other in ('static', 'grouped'):
+                base = next(r for r in records if r['alternative'] == other)
+                record[f'to_{other}'] = {
+                    key: record[key] / base[key] for key in (*modes, 'saved') if record.get(key)}
+        return records
+
+
+def layer_case(args, batch, kernel_num):
+    x = torch.randn(batch, args.channels, *args.size, device=args.device, requires_grad=True)
+    arguments = (args.channels, args.out_channels or args.channels, args.kernel_size, args.stride,
+                 args.kernel_size // 2, 1, args.groups, False)
+    label = f'{arguments[0]}->{arguments[1]} {args.kernel_size}x{args.kernel_size} k{kernel_num}'
+    return Case(describe(label, batch, args.size), nn.Conv2d(*arguments).to(args.device),
+                ODConv2d(*arguments, kernel_num=kernel_num).to(args.device), x, DTYPES[args.dtype])
+
+
+def backbone_case(name, kernel_num, batch, size, device='cpu', dtype=None, depth=50, widen=1.0):
+    import mmdet.models.backbones as static_backbones
+
+    from mmdet_odconv import backbones
+    arguments = {'depth': depth} if 'ResN' in name else {'widen_factor': widen}
+    arguments['norm_eval'] = False
+    static = getattr(static_backbones, name[len('OD'):])(**arguments)
+    dynamic = getattr(backbones, name)(kernel_num=kernel_num, **arguments)
+    x = torch.randn(batch, 3, *size, device=device)
+    label = f'{name[2:]}{depth if "ResN" in name else ""} k{kernel_num}'
+    return Case(describe(label, batch, size), static.to(device), dynamic.to(device), x, dtype)
+
+
+def model_case(args, batch, kernel_num):
+    from mmdet_odconv.layers import replace_convs
+    module, _, function = args.target.rpartition('.')
+    build = getattr(importlib.import_module(module), function)
+    static, dynamic = build(), build()
+    replaced = replace_convs(dynamic, args.include, dict(type='ODConv2d', kernel_num=kernel_num))
+    if not replaced:
+        sys.exit(f'error: --include {args.include} matches no nn.Conv2d of {args.target}.')
+    x = torch.randn(batch, 3, *args.size, device=args.device)
+    return Case(describe(f'{function} k{kernel_num}', batch, args.size), static.to(args.device),
+                dynamic.to(args.device), x, DTYPES[args.dtype])
+
+
+def detector_case(args, batch):
+    """Backbone, neck and dense head of a config against the same with a static backbone."""
+    from mmdet.registry import MODELS
+    from mmengine.config import Config
+    from mmengine.registry import DefaultScope
+
+    from mmdet_odconv.engine.launch import find_config
+    path = Path(args.target) if Path(args.target).exists() else find_config(args.target)
+    DefaultScope.get_instance('benchmark', scope_name='mmdet')
+    config = Config.fromfile(path).model
+    dynamic = MODELS.build(config)
+    for key in ('kernel_num', 'reduction'):
+        config.backbone.pop(key, None)
+    config.backbone.type = config.backbone.type.replace('OD_', '').replace('OD', '')
+    static = MODELS.build(config)
+    x = torch.randn(batch, 3, *args.size, device=args.device)
+
+    def forward(model, x):
+        levels = model.extract_feat(x)
+        dense = model.rpn_head if model.with_rpn else model.bbox_head
+        return [*levels, *(y for outputs in dense(levels) for y in outputs)]
+
+    return Case(describe(path.stem, batch, args.size), static.to(args.device),
+                dynamic.to(args.device), x, DTYPES[args.dtype], forward)
+
+
+def describe(label, batch, size):
+    return f'{label}, {batch}x{size[0]}x{size[1]}'
+
+
+def cases(args):
+    """The cases asked for, built one at a time."""
+    if args.suite:
+        for name, kernel_num, batch, size in SUITE:
+            yield backbone_case(name, kernel_num, batch, size, args.device, DTYPES[args.dtype])
+        return
+    for batch in args.batch:
+        if args.kind == 'detector':
+            yield detector_case(args, batch)
+            continue
+        for kernel_num in args.kernel_num:
+            if args.kind == 'layer':
+                yield layer_case(args, batch, kernel_num)
+            elif args.kind == 'backbone':
+                yield backbone_case(args.target, kernel_num, batch, args.size, args.device,
+                                    DTYPES[args.dtype], args.depth, args.widen_factor)
+            else:
+                yield model_case(args, batch, kernel_num)
+
+
+def print_table(records, modes, machine, console):
+    table = Table(title=f'Dynamic convolution, ratio to static: {machine}')
+    table.add_column('case')
+    table.add_column('alternative')
+    has_peak = any(record.get('peak') for record in records)
+    for mode in modes:
+        table.add_column(f'{mode}, ms', justify='right')
+        table.add_column('to static', justify='right')
+        table.add_column('to grouped', justify='right')
+    if 'training' in modes:
+        table.add_column('saved, MB', justify='right')
+        table.add_column('to static', justify='right')
+        if has_peak:
+            table.add_column('peak, MB', justify='right')
+    for i, record in enumerate(records):
+        row = [record['case'] if i % 3 == 0 else '', record['alternative']]
+        for mode in modes:
+            row += [f'{record[mode]:.1f}', f'{record["to_static"][mode]:.2f}',
+                    f'{record["to_grouped"][mode]:.2f}']
+        if 'training' in modes:
+            row += [f'{record["saved"]:.0f}', f'{record["to_static"]["saved"]:.2f}']
+            if has_peak:
+                row.append(f'{record["peak"]:.0f}')
+        table.add_row(*row, end_section=i % 3 == 2)
+    console.print(table)
+
+
+def draw(records, modes, path):
+    """Bars of the ratio to static, a panel each for the modes and the saved memory."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+    panels = [*modes, *(['saved'] if 'training' in modes else [])]
+    labels = [record['case'] for record in records[::3]]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 1.2 + 0.5 * len(labels)),
+                                sharey=True, squeeze=False, layout='constrained')
+    titles = {'inference': 'inference, time', 'training': 'training step, time',
+              'saved': 'memory saved for backward'}
+    for axis, panel in zip(axes.flat, panels):
+        for offset, alternative, colour in ((-0.2, 'grouped', '#c2a35a'), (0.2, 'ours', '#1f6fd6')):
+            values = [r['to_static'][panel] for r in records if r['alternative'] == alternative]
+            bars = axis.barh([i + offset for i in range(len(values))], values, 0.38, color=colour,
+                             label=alternative)
+            axis.bar_label(bars, fmt='%.2f', fontsize=7, padding=2)
+        axis.axvline(1, color='0.3', lw=1)
+        axis.set(title=titles[panel], xlabel='ratio to static')
+        axis.margins(x=0.12)
+    axes[0, 0].set_yticks(range(len(labels)), labels)
+    axes[0, 0].invert_yaxis()
+    axes[0, -1].legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def machine_name(device):
+    if device == 'cuda':
+        return f'{torch.cuda.get_device_name()}, torch {torch.__version__}'
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        info = Path('/proc/cpuinfo').read_text().splitlines()
+        model = next(line.split(':')[1].strip() for line in info if line.startswith('model name'))
+    return f'{model}, {torch.get_num_threads()} threads, torch {torch.__version__}'
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('kind', nargs='?', choices=['layer', 'backbone', 'model', 'detector'])
+    parser.add_argument('target', nargs='?', help='backbone class, model function or config')
+    parser.add_argument('--suite', action='store_true', help='the table of the README')
+    parser.add_argument('--mode', choices=['inference', 'training', 'both'], default='both')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--dtype', choices=DTYPES, default='fp32', help='of autocast')
+    parser.add_argument('--batch', type=int, nargs='+', default=[2])
+    parser.add_argument('--size', type=int, nargs=2, default=(416, 672), metavar=('H', 'W'))
+    parser.add_argument('--kernel-num', type=int, nargs='+', default=[4])
+    parser.add_argument('--depth', type=int, default=50, help='of a ResNet')
+    parser.add_argument('--widen-factor', type=float, default=1.0, help='of a MobileNet')
+    parser.add_argument('--include', default='.*', help='names of convolutions made dynamic')
+    parser.add_argument('--channels', type=int, default=256, help='of a layer')
+    parser.add_argument('--out-channels', type=int)
+    parser.add_argument('--kernel-size', type=int, default=3)
+    parser.add_argument('--stride', type=int, default=1)
+    parser.add_argument('--groups', type=int, default=1)
+    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--threads', type=int, help='of the CPU')
+    parser.add_argument('--out', type=Path, default=Path('work_dirs/benchmark'),
+                        help='directory of benchmark.json and benchmark.png')
+    args = parser.parse_args()
+    if not args.suite and args.kind is None:
+        parser.error('say what to measure: layer, backbone, model, detector or --suite')
+    if args.kind in ('backbone', 'model', 'detector') and args.target is None:
+        parser.error(f'{args.kind} needs a target')
+    return args
+
+
+def main():
+    args = parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    modes = ['inference', 'training'] if args.mode == 'both' else [args.mode]
+    console, records = Console(), []
+    for case in cases(args):
+        console.print(case.label, style='dim')
+        records += case.run(modes, args.rounds)
+    machine = machine_name(torch.device(args.device).type)
+    print_table(records, modes, machine, console)
+    args.out.mkdir(parents=True, exist_ok=True)
+    result = {'machine': machine, 'records': records}
+    (args.out / 'benchmark.json').write_text(json.dumps(result, indent=1))
+    draw(records, modes, args.out / 'benchmark.png')
+    console.print(f'{args.out / "benchmark.json"}  {args.out / "benchmark.png"}', highlight=False)
+
+
+if __name__ == '__main__':
+    main()
