@@ -12,7 +12,9 @@ model = dict(
         in_channels=64, feat_channels=64, anchor_generator=dict(scales=[4])),
     roi_head=dict(
         bbox_roi_extractor=dict(roi_layer=dict(sampling_ratio=2), out_channels=64),
-        bbox_head=dict(in_channels=64, fc_out_channels=256, num_classes=10)),
+        # One regressor for all classes sees ten times the boxes that ten would.
+        bbox_head=dict(
+            in_channels=64, fc_out_channels=256, num_classes=10, reg_class_agnostic=True)),
     train_cfg=dict(
         rpn_proposal=dict(nms_pre=500, max_per_img=100),
         rcnn=dict(sampler=dict(num=32, pos_fraction=0.5))),
@@ -21,8 +23,8 @@ model = dict(
 custom_hooks = [
     *_base_.custom_hooks,
     # From scratch, attention starts out near-uniform, so that every kernel of a bank learns.
-    dict(type='TemperatureAnnealingHook', begin=30, end_epoch=2)
+    dict(type='TemperatureAnnealingHook', begin=30, end_epoch=1)
 ]
 default_hooks = dict(
-    logger=dict(interval=25), checkpoint=dict(interval=1, max_keep_ckpts=1))
-log_processor = dict(window_size=25)
+    logger=dict(interval=50), checkpoint=dict(interval=1, max_keep_ckpts=1))
+log_processor = dict(window_size=50)
