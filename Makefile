@@ -34,7 +34,7 @@ $(VENV)/ready: setup.py pyproject.toml $(wildcard requirements/*.txt)
 	  echo "Installing $(MMCV) with its ops. The first time on a machine this compiles them, about"; \
 	  echo "10 minutes on 2 cores; pip keeps the result, and the next time takes seconds."; \
 	  MMCV_WITH_OPS=1 $(PIP) --no-build-isolation '$(MMCV)'; }
-	$(PIP) -r $(REQUIREMENTS)
+	$(PIP) -r $(REQUIREMENTS) 'setuptools<81'  # mim imports its pkg_resources
 	$(PIP) -e '.[quickstart,tests]'
 	$(PIP) --no-deps openmim  # its dependencies would replace setuptools, rich and more
 	$(PIP) click colorama model-index pandas requests rich tabulate

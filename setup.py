@@ -30,8 +30,9 @@ class EditableWheel(editable_wheel):
         super().run()
         for wheel in Path(self.dist_dir).glob('mmdet_odconv-*.whl'):
             with zipfile.ZipFile(wheel, 'a') as archive:
-                archive.writestr('mmdet_odconv_checkout.pth',
-                                 f'import sys; sys.path.insert(0, {str(HERE)!r})\n')
+                archive.writestr(
+                    'mmdet_odconv_checkout.pth', 'import sys; sys.path.insert(sys.path.index('
+                    f"sys._getframe(1).f_locals['sitedir']), {str(HERE)!r})\n")
 
 
 setup(

@@ -57,7 +57,7 @@ optim_wrapper = dict(
     optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.01, fused=True))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
-    dict(type='MultiStepLR', by_epoch=False, milestones=[600, 700], gamma=0.2)
+    dict(type='CosineAnnealingLR', by_epoch=False, begin=375, end=750, T_max=375, eta_min=1e-6)
 ]
 auto_scale_lr = dict(enable=False, base_batch_size=4)
 randomness = dict(seed=0)

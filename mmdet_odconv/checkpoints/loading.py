@@ -66,8 +66,8 @@ def _weights_only(load: Callable[..., dict]) -> Callable[..., dict]:
             if not _is_pickle(filename):
                 raise InputError(f'{filename} is not a checkpoint that torch can read: give a '
                                  'file that torch.save wrote, whole.') from error
-            found = re.search(r'GLOBAL (.+?) was not|WeightsUnpickler error: (.+)', str(error))
-            found = next(filter(None, found.groups())) if found else 'more than weights'
+            found = re.search(r'GLOBAL (.+?) was not', str(error))
+            found = found.group(1) if found else 'more than weights'
             raise InputError(
                 f'Checkpoint {filename} was refused, and nothing in it was run, because it holds '
                 f'{found}, where tensors, plain Python values and MMEngine logs were expected: '

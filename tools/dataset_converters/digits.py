@@ -112,7 +112,7 @@ def compose_image(ink, pool, photos, size, rng):
     occupied = np.zeros((size, size), bool)
     digits = []
     for source in rng.choice(pool, rng.integers(3, 9)):
-        alpha = upscale_ink(ink[source], int(rng.integers(size // 8, size // 3 + 1)))
+        alpha = upscale_ink(ink[source], int(rng.integers(size // 6, size // 3 + 1)))
         window = find_free_window(occupied, alpha.shape, rng)
         if window is None:
             continue
