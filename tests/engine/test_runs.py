@@ -100,10 +100,12 @@ def test_two_processes_train_with_no_unused_parameter(trained):
     root, _ = trained
     script = root / 'ddp.py'
     script.write_text(f'''
+import os
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 def main(rank):
+    os.environ['LOCAL_RANK'] = str(rank)
     dist.init_process_group('gloo', init_method='file://{root}/store', rank=rank, world_size=2)
     from mmdet_odconv.engine.launch import find_config
     from mmengine.config import Config, DictAction
@@ -114,8 +116,8 @@ def main(rank):
         cfg.merge_from_dict({{key: DictAction._parse_iterable(value)}})
     cfg.launcher, cfg.work_dir, cfg.train_cfg.max_epochs = 'pytorch', 'ddp', 2
     cfg.train_dataloader.batch_size = 2
-    # Named, because MMEngine's default wrapper asks for a CUDA device.
-    cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', find_unused_parameters=False)
+    # MMEngine's default names a CUDA device.
+    cfg.model_wrapper_cfg = dict(device_ids=None, find_unused_parameters=False)
     runner = Runner.from_cfg(cfg)
     assert type(runner.model).__name__ == 'MMDistributedDataParallel'
     runner.train()
