@@ -36,6 +36,34 @@ def test_every_config_name_is_unique():
     assert len({Path(name).name for name in NAMES}) == len(NAMES) == 20
 
 
+def test_the_model_index_names_every_config_once():
+    root = CONFIGS.parent
+    index = yaml.safe_load((root / 'model-index.yml').read_text())
+    metafiles = [yaml.safe_load((root / name).read_text()) for name in index['Import']]
+    models = [model for metafile in metafiles for model in metafile['Models']]
+    assert sorted(model['Config'] for model in models) == [f'configs/{name}' for name in NAMES]
+    for model in models:
+        assert model['Name'] == Path(model['Config']).stem
+    collections = {c['Name'] for metafile in metafiles for c in metafile['Collections']}
+    assert {model['In Collection'] for model in models} == collections
+
+
+def test_metafile_results_are_the_published(data):
+    metafile = yaml.safe_load((CONFIGS / 'odconv/metafile.yml').read_text())
+    stated = {}
+    for model in metafile['Models']:
+        metrics = {k: v for r in model.get('Results', []) for k, v in r['Metrics'].items()}
+        if metrics:
+            detector, backbone = model['Name'].split('_')[:2]
+            stated[detector, backbone] = metrics['box AP'], metrics.get('mask AP')
+    published = {}
+    for row in yaml.safe_load((data / 'published.yml').read_text())['odconv_coco']:
+        key = config_name(row)
+        if key[1] != 'r50':  # mmdet has that config
+            published[key] = row['box_ap'], row['mask_ap']
+    assert stated == published
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_trains_with_no_parameter_left_out_and_predicts(name):
     model = build(name)
@@ -57,18 +85,19 @@ def test_trains_with_no_parameter_left_out_and_predicts(name):
     assert len(predictions) == 2 and 'bboxes' in predictions[0].pred_instances
 
 
+def config_name(row):
+    """Detector and backbone of a published row, as config names spell them."""
+    backbone = 'r50' if row['backbone'] == 'ResNet50' else 'mobilenet-v2'
+    if row['kernel_num']:
+        backbone = f'od-{backbone}-k{row["kernel_num"]}'
+    return row['detector'].lower().replace(' r-cnn', '-rcnn'), backbone
+
+
 def published(data):
     """(detector, backbone) as config names -> millions of parameters without the classifier."""
     rows = yaml.safe_load((data / 'published.yml').read_text())['odconv_coco']
     without_classifier = iter((41.75, 106.87, 19.85, 27.86, 44.40, 109.51, 22.50, 30.52))
-    figures = {}
-    for row in rows:
-        detector = row['detector'].lower().replace(' r-cnn', '-rcnn')
-        backbone = 'r50' if row['backbone'] == 'ResNet50' else 'mobilenet-v2'
-        if row['kernel_num']:
-            backbone = f'od-{backbone}-k{row["kernel_num"]}'
-        figures[detector, backbone] = next(without_classifier)
-    return figures
+    return {config_name(row): next(without_classifier) for row in rows}
 
 
 @pytest.mark.parametrize('name', ODCONV)
