@@ -107,7 +107,7 @@ def force_plan(plan: str) -> Iterator[None]:
 
 def choose_plan(input: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> str:
     """Blocks where mixing whole kernels would move more data than the convolution does."""
-    if groups != 1 or len(input) == 1 or torch.compiler.is_compiling():
+    if groups != 1 or torch.compiler.is_compiling():
         return 'folded'
     pixels = math.prod(output_size(input, weight, stride, padding, dilation))
     if len(weight) > 1 and is_pointwise(weight, stride, padding):

@@ -166,7 +166,7 @@ def test_plans():
     assert plan(maps) == 'folded'
     assert plan(maps, kernel=1) == 'blocked' and plan(maps, n=1, kernel=1) == 'folded'
     assert plan(small) == 'blocked' and plan(small, n=1, kernel=1) == 'blocked'
-    assert plan(small[:1]) == 'folded' and plan(small, groups=512) == 'folded'
+    assert plan(small[:1]) == 'blocked' and plan(small, groups=512) == 'folded'
     with pytest.raises(ValueError, match=r"must be one of \['blocked', .*\], got 'fast'"):
         force_plan('fast').__enter__()
     with pytest.raises(ValueError, match="plan 'blocked' is for groups=1, got 4"), \
