@@ -15,11 +15,12 @@ def grouped_conv2d(input, weight, kernel_attention, spatial_attention, channel_a
     if kernel_attention is None and spatial_attention is None:
         output = F.conv2d(input, weight[0], None, stride, padding, dilation, groups)
     else:
-        kernels = weight[None]
+        gate = 1  # multiplied first, as published: the bank is then copied once for each image
         if spatial_attention is not None:
-            kernels = spatial_attention[:, None, None, None] * kernels
+            gate = spatial_attention[:, None, None, None]
         if kernel_attention is not None:
-            kernels = kernel_attention[:, :, None, None, None, None] * kernels
+            gate = kernel_attention[:, :, None, None, None, None] * gate
+        kernels = gate * weight[None]
         output = F.conv2d(input.reshape(1, -1, *input.shape[2:]), kernels.sum(1).flatten(0, 1),
                           None, stride, padding, dilation, batch * groups)
         output = output.view(batch, out_channels, *output.shape[2:])
