@@ -326,7 +326,9 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     modes = ['inference', 'training'] if args.mode == 'both' else [args.mode]
-    console, records = Console(), []
+    # A table cut to a pipe's 80 columns could not be read.
+    console = Console() if sys.stdout.isatty() else Console(width=150)
+    records = []
     for case in cases(args):
         console.print(case.label, style='dim')
         records += case.run(modes, args.rounds)
