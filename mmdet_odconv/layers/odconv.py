@@ -123,7 +123,7 @@ class ODAttention(nn.Module):
         norm = self.bn
         if (isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training and len(x) < 2
                 and norm.track_running_stats and not _is_synchronised(norm)):
-            if not torch.compiler.is_compiling():
+            if len(x) == 1 and not torch.compiler.is_compiling():
                 _warn_single_image()
             return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias,
                                 False, 0.0, norm.eps)

@@ -66,7 +66,7 @@ class BlockedConv(torch.autograd.Function):
         grad_columns = None
         if needs_input:
             grad_columns = bank[0].mT @ scaled if a is None else torch.zeros_like(columns)
-        grad_bank = torch.empty_like(bank) if ctx.needs_input_grad[1] else None
+        grad_bank = bank.new_empty(bank.shape) if ctx.needs_input_grad[1] else None
         grad_a = None if a is None else torch.zeros_like(a)
         grad_f = None if f is None else torch.empty_like(f)
         if shared and needs_kernels:

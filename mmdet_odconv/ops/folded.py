@@ -57,7 +57,8 @@ def folded_conv2d(input, weight, kernel_attention, spatial_attention, channel_at
 def differentiable_gradients(ctx, grad: Tensor, *geometry) -> Tuple[Optional[Tensor], ...]:
     """Gradients of the saved tensors, themselves differentiable: for create_graph=True."""
     needed = [i for i, needs in enumerate(ctx.needs_input_grad[:6]) if needs]
-    tensors = ctx.saved_tensors
+    # Aliases, because the attentions may depend on the input by a path that autograd also takes.
+    tensors = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
     output = folded_conv2d(*tensors, *geometry)
     grads = torch.autograd.grad(output, [tensors[i] for i in needed], grad, create_graph=True)
     found = dict(zip(needed, grads))
@@ -95,7 +96,7 @@ class FoldedConv(torch.autograd.Function):
             grad_input = grad_input.view_as(input)
         if not needs_kernels:
             return (grad_input, *[None] * 9)
-        grads = unfold_gradients(grad_kernels.view(kernels.shape), mixed, weight, a, s, c, f,
+        grads = unfold_gradients(grad_kernels.contiguous().view(kernels.shape), mixed, weight, a, s, c, f,
                                  gate, groups, ctx.needs_input_grad[1])
         return (grad_input, *grads, None, None, None, None)
 
@@ -124,7 +125,7 @@ def unfold_gradients(grad: Tensor, mixed: Tensor, weight: Tensor, a, s, c, f, ga
     grouped = (batch, groups, -1, group_channels * kernel_size[0] * kernel_size[1])
     grad_gate = grad_f = None
     if gate is not None or f is not None:
-        product = (grad * mixed).view(grouped)
+        product = (grad * mixed).reshape(grouped)
         if gate is not None:
             full_gate = gate.expand(batch, groups, 1, group_channels, *kernel_size)
             full_gate = full_gate.reshape(batch, groups, 1, -1)

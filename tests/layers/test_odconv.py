@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmdet_odconv import ODConv2d, set_temperature
 from mmdet_odconv.layers import odconv
+from mmdet_odconv.ops import force_plan
 
 
 def randomised(layer):
@@ -273,3 +274,29 @@ def test_is_no_conv2d_and_prints_its_arguments():
     assert not isinstance(layer, nn.Conv2d)
     assert layer.extra_repr() == ('8, 12, kernel_size=(3, 3), stride=(1, 1), kernel_num=2, '
                                   'padding=(1, 1), bias=False')
+
+
+@pytest.mark.parametrize('plan', ['blocked', 'folded'])
+def test_create_graph_changes_no_first_derivative(plan):
+    layer = randomised(ODConv2d(8, 12, 3).double())
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64, requires_grad=True)
+    with force_plan(plan):
+        plain = torch.autograd.grad(layer(x).sum(), [x, *layer.parameters()])
+        graph = torch.autograd.grad(layer(x).sum(), [x, *layer.parameters()], create_graph=True)
+    for a, b in zip(plain, graph):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('batch', [1, 2])
+@pytest.mark.parametrize('kernel_num', [1, 4])
+def test_channels_last_backward(batch, kernel_num):
+    layer = randomised(ODConv2d(8, 12, 3, kernel_num=kernel_num)).eval()
+    x = torch.randn(batch, 8, 6, 6, requires_grad=True)
+    plain = torch.autograd.grad(layer(x).sum(), [x, *layer.parameters()])
+    layer.to(memory_format=torch.channels_last)
+    x_last = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    for plan in ('blocked', 'folded'):
+        with force_plan(plan):
+            last = torch.autograd.grad(layer(x_last).sum(), [x_last, *layer.parameters()])
+        for a, b in zip(plain, last):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
