@@ -57,7 +57,7 @@ def folded_conv2d(input, weight, kernel_attention, spatial_attention, channel_at
 def differentiable_gradients(ctx, grad: Tensor, *geometry) -> Tuple[Optional[Tensor], ...]:
     """Gradients of the saved tensors, themselves differentiable: for create_graph=True."""
     needed = [i for i, needs in enumerate(ctx.needs_input_grad[:6]) if needs]
-    # Aliases, because the attentions may depend on the input by a path that autograd also takes.
+    # Aliases: the attentions may depend on the input by a path that autograd also takes.
     tensors = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
     output = folded_conv2d(*tensors, *geometry)
     grads = torch.autograd.grad(output, [tensors[i] for i in needed], grad, create_graph=True)
