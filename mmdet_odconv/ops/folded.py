@@ -96,8 +96,9 @@ class FoldedConv(torch.autograd.Function):
             grad_input = grad_input.view_as(input)
         if not needs_kernels:
             return (grad_input, *[None] * 9)
-        grads = unfold_gradients(grad_kernels.contiguous().view(kernels.shape), mixed, weight, a, s, c, f,
-                                 gate, groups, ctx.needs_input_grad[1])
+        grad_kernels = grad_kernels.contiguous().view(kernels.shape)
+        grads = unfold_gradients(grad_kernels, mixed, weight, a, s, c, f, gate, groups,
+                                 ctx.needs_input_grad[1])
         return (grad_input, *grads, None, None, None, None)
 
 
