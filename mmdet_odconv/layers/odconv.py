@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from .attention import PooledLinear
 from .base import DynamicConv2d
 
 MIN_HIDDEN_CHANNELS = 16
@@ -82,31 +83,26 @@ class ODAttention(nn.Module):
         self.kernel_size = kernel_size
         hidden = max(int(in_channels * reduction), MIN_HIDDEN_CHANNELS)
         depthwise = groups == in_channels == out_channels
-        self.fc = nn.Conv2d(in_channels, hidden, 1, bias=False)
+        self.fc = PooledLinear(in_channels, hidden, bias=False)
         self.bn = build_pooled_norm(norm_cfg or dict(type='BN'), hidden)
-        self.channel_fc = nn.Conv2d(hidden, in_channels, 1)
-        self.filter_fc = None if depthwise else nn.Conv2d(hidden, out_channels, 1)
+        self.channel_fc = PooledLinear(hidden, in_channels)
+        self.filter_fc = None if depthwise else PooledLinear(hidden, out_channels)
         kernel_area = math.prod(kernel_size)
-        self.spatial_fc = nn.Conv2d(hidden, kernel_area, 1) if kernel_area > 1 else None
-        self.kernel_fc = nn.Conv2d(hidden, kernel_num, 1) if kernel_num > 1 else None
-        self.reset_parameters()
+        self.spatial_fc = PooledLinear(hidden, kernel_area) if kernel_area > 1 else None
+        self.kernel_fc = PooledLinear(hidden, kernel_num) if kernel_num > 1 else None
 
     def reset_parameters(self) -> None:
-        """As the paper's release: He initialisation, biases at zero."""
+        """As when constructed, each of its layers by its own rule."""
         for module in self.children():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        self.bn.reset_parameters()
+            module.reset_parameters()
 
     def forward(self, x: Tensor, temperature: float) -> Dict[str, Tensor]:
         """Attentions of x, (B, Cin, H, W), as keyword arguments of ``dynamic_conv2d``."""
-        hidden = _linear(self.fc, F.adaptive_avg_pool2d(x, 1).flatten(1))
+        hidden = self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
         hidden = F.relu(self._normalise(hidden[:, :, None, None])).flatten(1)
 
-        def logits(fc: nn.Conv2d) -> Tensor:
-            return _linear(fc, hidden) if temperature == 1 else _linear(fc, hidden) / temperature
+        def logits(fc: PooledLinear) -> Tensor:
+            return fc(hidden) if temperature == 1 else fc(hidden) / temperature
 
         attentions = dict(channel_attention=logits(self.channel_fc).sigmoid())
         if self.filter_fc is not None:
@@ -128,11 +124,6 @@ class ODAttention(nn.Module):
             return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias,
                                 False, 0.0, norm.eps)
         return norm(x)
-
-
-def _linear(fc: nn.Conv2d, x: Tensor) -> Tensor:
-    """A 1x1 convolution, as which the release stores it, of pooled values (B, C): far cheaper."""
-    return F.linear(x, fc.weight.flatten(1), fc.bias)
 
 
 def build_pooled_norm(cfg: dict, channels: int) -> nn.Module:

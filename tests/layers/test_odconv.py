@@ -111,6 +111,18 @@ def test_registered_in_the_root_registry_and_built_by_mmcv():
     assert module(torch.randn(2, 8, 6, 6)).shape == (2, 12, 6, 6)
 
 
+def test_a_hosts_init_cfg_leaves_the_attention_as_released():
+    from mmdet.models.necks import FPN  # its init_cfg is Xavier for every Conv2d
+    neck = FPN([64, 512], 64, 2, conv_cfg=dict(type='ODConv2d', kernel_num=2))
+    neck.init_weights()
+    conv = neck.lateral_convs[1].conv
+    assert conv.attention.fc.weight.std().item() == pytest.approx((2 / 32)**0.5, rel=0.05)
+    for fc in (conv.attention.channel_fc, conv.attention.filter_fc):
+        expected = (2 / fc.out_channels)**0.5
+        assert fc.weight.std().item() == pytest.approx(expected, rel=0.1)
+        assert not fc.bias.any()
+
+
 def test_absent_attentions_have_no_parameters():
     def names(*args, **kwargs):
         layer = ODConv2d(*args, **kwargs)
