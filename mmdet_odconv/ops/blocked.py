@@ -6,17 +6,23 @@ in the processor's cache: the bank is read once and no image's kernel ever exist
 attentions of the input scale the patches or the kernels, the filter attention the output or the
 kernels, whichever are fewer.
 """
-from typing import Optional
+from typing import Iterator, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import folded
 from .folded import (KernelGradients, as_matrices, differentiable_gradients, fold, gate_gradients,
-                     mix, row_blocks)
+                     mix, row_blocks, slices, some)
 
-# Output pixels below which computing the output again beats two passes over the mixed kernels.
-RECOMPUTED_PIXELS = 96
+# Images of a block where all do not fit: fewer mean more rows, which multiply faster, but more
+# reads of the bank's rows.
+FEWEST_IMAGES = 4
+
+# Output pixels below which an output is kept for its filter attention's gradient, which would else
+# be a pass over the mixed kernels, many times larger.
+KEPT_PIXELS = 96
 
 
 class BlockedConv(torch.autograd.Function):
@@ -25,8 +31,6 @@ class BlockedConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, kernel_attention, spatial_attention, channel_attention,
                 filter_attention, stride, padding, dilation):
-        ctx.save_for_backward(input, weight, kernel_attention, spatial_attention,
-                              channel_attention, filter_attention)
         ctx.geometry = stride, padding, dilation
         a, batch = kernel_attention, len(input)
         columns = patches(input, weight, stride, padding, dilation)
@@ -36,12 +40,19 @@ class BlockedConv(torch.autograd.Function):
         if column_gate is not None:
             columns = columns * column_gate
         output = columns.new_empty(batch, bank.shape[2], columns.shape[2])
-        for rows in row_blocks(bank, batch):
-            kernels = mix(bank[:, :, rows], a, batch)
-            kernels = fold(kernels, gate, None if f is None else f[:, :, rows], a is not None)
-            torch.bmm(kernels[:, 0], columns, out=output[:, rows])
+        for rows, images in blocks(bank, batch):
+            kernels = mix(bank[:, :, rows], some(a, images), images.stop - images.start)
+            kernels = fold(kernels, some(gate, images), None if f is None else f[images, :, rows],
+                           inplace=a is not None)
+            torch.bmm(kernels[:, 0], columns[images], out=output[images, rows])
+        kept = None
         if output_factor is not None:
-            output *= output_factor
+            if output.shape[2] < KEPT_PIXELS:
+                kept, output = output, output * output_factor
+            else:
+                output *= output_factor
+        ctx.save_for_backward(input, weight, kernel_attention, spatial_attention,
+                              channel_attention, filter_attention, kept)
         size = output_size(input, weight, stride, padding, dilation)
         return output.view(batch, -1, *size)
 
@@ -49,7 +60,7 @@ class BlockedConv(torch.autograd.Function):
     def backward(ctx, grad):
         if torch.is_grad_enabled():
             return (*differentiable_gradients(ctx, grad, *ctx.geometry, 1), None, None, None)
-        input, weight, a, s, c, f = ctx.saved_tensors
+        input, weight, a, s, c, f, unscaled = ctx.saved_tensors
         batch = len(input)
         grad = grad.reshape(batch, weight.shape[1], -1)
         raw_columns = patches(input, weight, *ctx.geometry)
@@ -58,30 +69,28 @@ class BlockedConv(torch.autograd.Function):
         columns = raw_columns if column_gate is None else raw_columns * column_gate
         needs_columns = ctx.needs_input_grad[0] or column_gate is not None
         needs_kernels = any(ctx.needs_input_grad[i] for i in (1, 2, 5)) or gate is not None
-        # A map this small costs less to compute again than a pass over all kernels for f's sake.
-        recompute = output_factor is not None and columns.shape[2] < RECOMPUTED_PIXELS
-        grad_f = torch.empty_like(f) if recompute else None
-        gradients = KernelGradients(bank, a, gate, None if recompute else all_f, batch,
-                                    ctx.needs_input_grad[1]) if needs_kernels else None
-        grad_columns = None
-        for rows in row_blocks(bank, batch):
-            mixed = mix(bank[:, :, rows], a, batch)
-            kernels = fold(mixed, gate, None if row_f is None else row_f[:, :, rows])[:, 0]
-            grad_rows = grad[:, rows]
-            scaled = grad_rows if output_factor is None else grad_rows * output_factor[:, rows]
+        grad_f = None
+        if unscaled is not None:
+            grad_f = (grad * unscaled).sum(-1)
+            grad, output_factor, all_f = grad * output_factor, None, None
+        gradients = KernelGradients(bank, a, gate, all_f, batch, ctx.needs_input_grad[1])
+        grad_columns = torch.empty_like(columns) if needs_columns else None
+        for rows, images in blocks(bank, batch):
+            mixed = mix(bank[:, :, rows], some(a, images), images.stop - images.start)
+            grad_rows, block_columns = grad[images, rows], columns[images]
+            scaled = grad_rows
+            if output_factor is not None:
+                scaled = grad_rows * output_factor[images, rows]
+            kernels = fold(mixed, some(gate, images),
+                           None if row_f is None else row_f[images, :, rows])[:, 0]
             if needs_columns:
-                grad_columns = (kernels.mT @ scaled if grad_columns is None else
-                                grad_columns.baddbmm_(kernels.mT, scaled))
-            if recompute:
-                grad_f[:, rows] = (grad_rows * (kernels @ columns)).sum(-1)
+                grad_columns[images].baddbmm_(kernels.mT, scaled, beta=int(rows.start > 0))
             if needs_kernels:
                 # Before it is scaled by f: no gradient is ever divided by an attention.
-                grad_kernels = (scaled if recompute else grad_rows) @ columns.mT
-                gradients.add(rows, grad_kernels[:, None], mixed)
-        grads = (None, ) * 5
-        if needs_kernels:
-            grads = gradients.of(weight, s, c, None if recompute else f)
-        grad_weight, grad_a, grad_s, grad_c, folded_grad_f = grads
+                grad_kernels = grad_rows @ block_columns.mT
+                gradients.add(rows, images, grad_kernels[:, None], mixed)
+        grad_weight, grad_a, grad_s, grad_c, folded_grad_f = gradients.of(
+            weight, s, c, None if all_f is None else f)
         if column_gate is not None:
             grad_gate = (grad_columns * raw_columns).sum(-1)
             grad_s, grad_c = gate_gradients(grad_gate, weight, s, c)
@@ -90,7 +99,16 @@ class BlockedConv(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_input = patches_gradient(grad_columns, input, weight, *ctx.geometry)
         return (grad_input, grad_weight, grad_a, grad_s, grad_c,
-                grad_f if recompute else folded_grad_f, None, None, None)
+                folded_grad_f if grad_f is None else grad_f, None, None, None)
+
+
+def blocks(bank: Tensor, batch: int) -> Iterator[Tuple[slice, slice]]:
+    """Rows, and images within them, whose kernels fit the cache."""
+    kernel_bytes = bank[0].numel() * bank.element_size()
+    images = min(batch, max(FEWEST_IMAGES, folded.BLOCK_BYTES // kernel_bytes))
+    for rows in row_blocks(bank, images):
+        for block in slices(batch, images):
+            yield rows, block
 
 
 def where_to_scale(gate: Optional[Tensor], f: Optional[Tensor], columns: Tensor, bank: Tensor):

@@ -11,6 +11,10 @@ from .blocked import BlockedConv, is_pointwise, output_size
 from .folded import FoldedConv, folded_conv2d
 from .grouped import grouped_conv2d
 
+# Cost of an element of the patches, which are written, scaled and gathered again, relative to one
+# of the kernels; measured by `benchmark.py plans`.
+PATCH_COST = 4
+
 Size2d = Union[int, Tuple[int, int]]
 
 
@@ -110,13 +114,17 @@ def force_plan(plan: str) -> Iterator[None]:
 
 
 def choose_plan(input: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> str:
-    """Blocks where mixing whole kernels would move more data than the convolution does."""
+    """The plan that moves less.
+
+    Per image, 'folded' moves the kernel, Cout * I elements with I = Cin * kh * kw, and 'blocked'
+    the patches, I * L for L output pixels: none if they are the pixels themselves.
+    """
     if groups != 1 or torch.compiler.is_compiling():
         return 'folded'
+    if is_pointwise(weight, stride, padding):
+        return 'blocked'
     pixels = math.prod(output_size(input, weight, stride, padding, dilation))
-    if len(weight) > 1 and is_pointwise(weight, stride, padding):
-        return 'blocked'  # no patches to make
-    return 'blocked' if 0 < pixels < weight.shape[1] else 'folded'
+    return 'blocked' if 0 < PATCH_COST * pixels < weight.shape[1] else 'folded'
 
 
 def _empty_batch(input, weight, a, s, c, f, stride, padding, dilation, groups) -> Tensor:

@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Kernel rows that are worked on at once, for all images, in bytes: what the second-level caches of
-# a few cores hold. Larger intermediates would travel to memory and back between two operations.
+# Kernels that are worked on at once, in bytes: what the second-level caches of a few cores hold.
+# Larger intermediates would travel to memory and back between two operations.
 BLOCK_BYTES = 2**22
+# Kernels that are convolved with at once, in bytes: larger ones would be allocated anew each time,
+# and a page of memory costs more when it is first touched than to be written ten times.
+CHUNK_BYTES = 2**24
 
 
 def folded_conv2d(input, weight, kernel_attention, spatial_attention, channel_attention,
@@ -34,10 +37,13 @@ class FoldedConv(torch.autograd.Function):
         ctx.save_for_backward(input, weight, kernel_attention, spatial_attention,
                               channel_attention, filter_attention)
         ctx.geometry = stride, padding, dilation, groups
-        bank, gate, f = as_matrices(weight, spatial_attention, channel_attention,
-                                    filter_attention, groups)
-        kernels = fold_whole(bank, kernel_attention, gate, f, len(input))
-        return convolve(input, as_kernels(kernels, weight), stride, padding, dilation, groups)
+        bank, *factors = as_matrices(weight, spatial_attention, channel_attention,
+                                     filter_attention, groups)
+        outputs = []
+        for images in chunks(bank, len(input)):
+            kernels = fold_by_rows(bank, images, kernel_attention, *factors)
+            outputs.append(convolve(input[images], as_kernels(kernels, weight), *ctx.geometry))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @staticmethod
     def backward(ctx, grad):
@@ -46,27 +52,44 @@ class FoldedConv(torch.autograd.Function):
         input, weight, a, s, c, f = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
         bank, gate, row_f = as_matrices(weight, s, c, f, groups)
-        kernels = fold_whole(bank, a, gate, row_f, len(input))
         needs_kernels = any(ctx.needs_input_grad[1:6])
-        grad_input, grad_kernels, _ = torch.ops.aten.convolution_backward(
-            images_as_channels(grad), images_as_channels(input), as_kernels(kernels, weight),
-            None, stride, padding, dilation, False, [0, 0], len(input) * groups,
-            [ctx.needs_input_grad[0], needs_kernels, False])
-        if grad_input is not None:
-            grad_input = grad_input.view_as(input)
-        if not needs_kernels:
-            return (grad_input, *[None] * 9)
-        grad_kernels = grad_kernels.contiguous().view(kernels.shape)
-        del kernels
         gradients = KernelGradients(bank, a, gate, row_f, len(input), ctx.needs_input_grad[1])
-        for rows in row_blocks(bank, len(input)):
-            gradients.add(rows, grad_kernels[:, :, rows], mix(bank[:, :, rows], a, len(input)))
+        grad_inputs = []
+        for images in chunks(bank, len(input)):
+            kernels = fold_by_rows(bank, images, a, gate, row_f)
+            grad_input, grad_kernels, _ = torch.ops.aten.convolution_backward(
+                images_as_channels(grad[images]), images_as_channels(input[images]),
+                as_kernels(kernels, weight), None, stride, padding, dilation, False, [0, 0],
+                len(kernels) * groups, [ctx.needs_input_grad[0], needs_kernels, False])
+            grad_inputs.append(grad_input)
+            if needs_kernels:
+                grad_kernels = grad_kernels.contiguous().view(kernels.shape)
+                for rows in row_blocks(bank, len(kernels)):
+                    mixed = mix(bank[:, :, rows], some(a, images), len(kernels))
+                    gradients.add(rows, images, grad_kernels[:, :, rows], mixed)
+        grad_input = None
+        if ctx.needs_input_grad[0]:
+            grad_input = torch.cat([part.view(-1, *input.shape[1:]) for part in grad_inputs])
         return (grad_input, *gradients.of(weight, s, c, f), None, None, None, None)
 
 
-def fold_whole(bank: Tensor, a: Optional[Tensor], gate: Optional[Tensor], f: Optional[Tensor],
-               batch: int) -> Tensor:
-    return fold(mix(bank, a, batch), gate, f, inplace=a is not None)
+def chunks(bank: Tensor, batch: int) -> Iterator[slice]:
+    """Slices of images whose kernels are of CHUNK_BYTES."""
+    return slices(batch, CHUNK_BYTES // (bank[0].numel() * bank.element_size()))
+
+
+def fold_by_rows(bank: Tensor, images: slice, a: Optional[Tensor], gate: Optional[Tensor],
+                 f: Optional[Tensor]) -> Tensor:
+    """The folded kernels of some images, made in the cache; not differentiable."""
+    batch, gate, f = images.stop - images.start, some(gate, images), some(f, images)
+    if a is None:
+        return fold(mix(bank, a, batch), gate, f)
+    kernels = bank.new_empty(batch, *bank.shape[1:])
+    for rows in row_blocks(bank, batch):
+        block = kernels[:, :, rows]
+        torch.mm(a[images], bank[:, :, rows].flatten(1), out=block.flatten(1))
+        fold(block, gate, None if f is None else f[:, :, rows], inplace=True)
+    return kernels
 
 
 def as_kernels(matrices: Tensor, weight: Tensor) -> Tensor:
@@ -110,11 +133,21 @@ def as_matrices(weight: Tensor, s: Optional[Tensor], c: Optional[Tensor], f: Opt
 
 
 def row_blocks(bank: Tensor, batch: int) -> Iterator[slice]:
-    """Slices of rows whose kernels, for all images, are of BLOCK_BYTES; all rows if grouped."""
+    """Slices of rows whose kernels, of so many images, are of BLOCK_BYTES; all rows if grouped."""
     rows, columns = bank.shape[2:]
-    step = rows if bank.shape[1] > 1 else max(
-        8, BLOCK_BYTES // max(1, batch * columns * bank.element_size()))
-    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+    if bank.shape[1] > 1:
+        return slices(rows, rows)
+    return slices(rows, max(8, BLOCK_BYTES // (batch * columns * bank.element_size())))
+
+
+def slices(total: int, step: int) -> Iterator[slice]:
+    step = max(1, step)
+    return (slice(first, min(first + step, total)) for first in range(0, total, step))
+
+
+def some(attention: Optional[Tensor], images: slice) -> Optional[Tensor]:
+    """The attention of some images, if there is one."""
+    return None if attention is None else attention[images]
 
 
 def mix(bank: Tensor, a: Optional[Tensor], batch: int) -> Tensor:
@@ -152,31 +185,35 @@ class KernelGradients:
         if gate is not None:
             self.grad_gate = bank.new_zeros(batch, bank.shape[1], 1, bank.shape[3])
 
-    def add(self, rows: slice, grad: Tensor, mixed: Tensor) -> None:
-        """Take the gradient of the folded rows, (B, groups, r, I), overwritten; M of the same."""
-        gate, f = self.gate, None if self.f is None else self.f[:, :, rows]
+    def add(self, rows: slice, images: slice, grad: Tensor, mixed: Tensor) -> None:
+        """Take the gradient of folded rows, (b, groups, r, I), overwritten, and their M.
+
+        Rows of the bank are begun with image 0 and then added to.
+        """
+        gate = some(self.gate, images)
+        f = None if self.f is None else self.f[images, :, rows]
         if gate is not None or f is not None:
             product = grad * mixed
             if f is not None:
-                self.grad_f[:, :, rows] = (
+                self.grad_f[images, :, rows] = (
                     product.sum(-1) if gate is None else (product @ gate.mT).squeeze(-1))
             if gate is not None:
-                self.grad_gate += (
+                self.grad_gate[images] += (
                     product.sum(2, keepdim=True) if f is None else f[:, :, None] @ product)
             del product
             grad = fold(grad, gate, f, inplace=True)
-        bank = self.bank[:, :, rows].flatten(1)
         grad = grad.flatten(1)
         if self.grad_bank is not None:
             grad_bank = self.grad_bank[:, :, rows].flatten(1)
-            if self.a is None:
-                torch.sum(grad, 0, keepdim=True, out=grad_bank)
+            a = grad.new_ones(len(grad), 1) if self.a is None else self.a[images]
+            if images.start:
+                grad_bank.addmm_(a.mT, grad)
             elif len(grad) == 1:
-                torch.mul(self.a.mT, grad, out=grad_bank)
+                torch.mul(a.mT, grad, out=grad_bank)
             else:
-                torch.mm(self.a.mT, grad, out=grad_bank)
+                torch.mm(a.mT, grad, out=grad_bank)
         if self.a is not None:
-            self.grad_a.addmm_(grad, bank.mT)
+            self.grad_a[images].addmm_(grad, self.bank[:, :, rows].flatten(1).mT)
 
     def of(self, weight: Tensor, s: Optional[Tensor], c: Optional[Tensor],
            f: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
@@ -208,7 +245,7 @@ def differentiable_gradients(ctx, grad: Tensor, *geometry) -> Tuple[Optional[Ten
     """Gradients of the saved tensors, themselves differentiable: for create_graph=True."""
     needed = [i for i, needs in enumerate(ctx.needs_input_grad[:6]) if needs]
     # Aliases: the attentions may depend on the input by a path that autograd also takes.
-    tensors = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
+    tensors = [None if t is None else t.view_as(t) for t in ctx.saved_tensors[:6]]
     output = folded_conv2d(*tensors, *geometry)
     grads = torch.autograd.grad(output, [tensors[i] for i in needed], grad, create_graph=True)
     found = dict(zip(needed, grads))

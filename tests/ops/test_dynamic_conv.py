@@ -110,12 +110,12 @@ def call_with_everything(batch=3, n=2, cin=4, cout=20, size=6, kernel=3):
 
 
 @pytest.mark.parametrize('n', [1, 3])
-@pytest.mark.parametrize('recomputed_pixels', [0, 10**6])
+@pytest.mark.parametrize('kept_pixels', [0, 10**6])
 @pytest.mark.parametrize('absent', [None, 'spatial_attention', 'filter_attention'])
-def test_blocks_of_rows_and_both_ways_to_the_filter_gradient(monkeypatch, n, recomputed_pixels,
-                                                             absent):
+def test_blocks_of_rows_and_both_ways_to_the_filter_gradient(monkeypatch, n, kept_pixels, absent):
     monkeypatch.setattr(folded, 'BLOCK_BYTES', 0)  # eight rows: three blocks of twenty
-    monkeypatch.setattr(blocked, 'RECOMPUTED_PIXELS', recomputed_pixels)
+    monkeypatch.setattr(blocked, 'KEPT_PIXELS', kept_pixels)
+    monkeypatch.setattr(blocked, 'FEWEST_IMAGES', 2)  # blocks of two images and of one
     call = call_with_everything(n=n)
     call[absent] = None
     call.pop(None, None)
@@ -140,7 +140,7 @@ def test_only_gradients_that_are_asked_for(plan):
 
 @pytest.mark.parametrize('plan', ['blocked', 'folded'])
 def test_keeps_nothing_for_backward_but_what_it_was_given(plan):
-    call, saved = call_with_everything(), []
+    call, saved = call_with_everything(size=14), []
     with force_plan(plan), torch.autograd.graph.saved_tensors_hooks(
             lambda tensor: saved.append(tensor.data_ptr()) or tensor, lambda tensor: tensor):
         dynamic_conv2d(**call)
@@ -164,7 +164,7 @@ def test_plans():
         return choose_plan(x, weight, (1, 1), (kernel // 2, ) * 2, (1, 1), groups)
 
     assert plan(maps) == 'folded'
-    assert plan(maps, kernel=1) == 'blocked' and plan(maps, n=1, kernel=1) == 'folded'
+    assert plan(maps, kernel=1) == 'blocked' and plan(maps, n=1, kernel=1) == 'blocked'
     assert plan(small) == 'blocked' and plan(small, n=1, kernel=1) == 'blocked'
     assert plan(small[:1]) == 'blocked' and plan(small, groups=512) == 'folded'
     with pytest.raises(ValueError, match=r"must be one of \['blocked', .*\], got 'fast'"):
