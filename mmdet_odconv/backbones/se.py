@@ -16,6 +16,8 @@ from .resnet import ARCH_SETTINGS
 class SEPlugin(SELayer):
     """mmdet's SELayer as one of the ``plugins`` that its ResNet's bottlenecks take."""
 
+    _abbr_ = 'se_layer'  # its name in a block, that of MMPretrain's SE-ResNets
+
     def __init__(self, in_channels: int, *args, **kwargs) -> None:
         super().__init__(in_channels, *args, **kwargs)
 
@@ -25,13 +27,13 @@ class SEBasicBlock(BasicBlock):
 
     def __init__(self, inplanes: int, planes: int, *args, **kwargs) -> None:
         super().__init__(inplanes, planes, *args, **kwargs)
-        self.se = SELayer(planes)
+        self.se_layer = SELayer(planes)
 
     def forward(self, x: Tensor) -> Tensor:
 
         def body(x: Tensor) -> Tensor:
             residual = self.relu(self.norm1(self.conv1(x)))
-            residual = self.se(self.norm2(self.conv2(residual)))
+            residual = self.se_layer(self.norm2(self.conv2(residual)))
             return residual + (x if self.downsample is None else self.downsample(x))
 
         if self.with_cp and x.requires_grad:
@@ -43,7 +45,8 @@ class SEBasicBlock(BasicBlock):
 class SEResNet(ResNet):
     """SE-ResNet (ratio 16): depth 10, 18, 34, 50, 101 or 152.
 
-    Takes the arguments of :class:`mmdet.models.ResNet`, whose weights it loads.
+    Takes the arguments of :class:`mmdet.models.ResNet`. Weights of static ResNets load, and those
+    of MMPretrain's SE-ResNets.
     """
 
     arch_settings = ARCH_SETTINGS

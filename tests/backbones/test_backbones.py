@@ -343,7 +343,7 @@ def test_se_resnet_keeps_zero_init_residual_and_checkpointing():
     model = SEResNet(18, with_cp=True)
     model.init_weights()
     assert model.layer2[1].bn2.weight.abs().max() == 0
-    assert model.layer2[1].se.conv1.conv.weight.abs().max() > 0
+    assert model.layer2[1].se_layer.conv1.conv.weight.abs().max() > 0
     model.train()
     sum(y.sum() for y in model(torch.randn(2, 3, 64, 64, requires_grad=True))).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
