@@ -6,6 +6,7 @@ told exactly which classes those are; and whatever else a file holds is refused 
 on MMEngine releases and forks alike that would fall back to unpickling everything.
 """
 import contextlib
+import functools
 import os
 import pickle
 import re
@@ -16,7 +17,7 @@ from typing import Callable
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
-from mmengine.runner.checkpoint import CheckpointLoader, load_from_http, load_from_local
+from mmengine.runner.checkpoint import CheckpointLoader
 from mmengine.utils import digit_version
 
 from ..errors import InputError
@@ -36,9 +37,8 @@ def allow_mmengine_checkpoints() -> None:
         *(type(np.dtype(kind)) for kind in (bool, np.int32, np.int64, np.float32, np.float64)),
         (_statistic, 'builtins.getattr')
     ])
-    CheckpointLoader.register_scheme('', _weights_only(load_from_local), force=True)
-    CheckpointLoader.register_scheme(('http://', 'https://'), _weights_only(load_from_http),
-                                     force=True)
+    for prefix, load in list(CheckpointLoader._schemes.items()):
+        CheckpointLoader.register_scheme(prefix, _weights_only(load), force=True)
 
 
 def _statistic(owner, name: str):
@@ -54,19 +54,21 @@ def _statistic(owner, name: str):
 def _weights_only(load: Callable[..., dict]) -> Callable[..., dict]:
     """``load`` with weights_only forced on, and its failures told in one sentence."""
 
+    @functools.wraps(load)  # MMEngine logs a part of its name
     def load_weights_only(filename, map_location=None, **kwargs) -> dict:
         filename = os.path.expanduser(filename)
-        if '://' not in filename and not Path(filename).is_file():
+        is_local = '://' not in filename
+        if is_local and not Path(filename).is_file():
             raise InputError(f'Checkpoint {filename} does not exist: give the path of a file '
                              '(the README says where published weights are).')
         try:
             with _force_weights_only():
                 checkpoint = load(filename, map_location=map_location, **kwargs)
         except pickle.UnpicklingError as error:
-            if not _is_pickle(filename):
+            found = re.search(r'GLOBAL (.+?) was not', str(error))
+            if not found and not (is_local and _is_pickle(filename)):
                 raise InputError(f'{filename} is not a checkpoint that torch can read: give a '
                                  'file that torch.save wrote, whole.') from error
-            found = re.search(r'GLOBAL (.+?) was not', str(error))
             found = found.group(1) if found else 'more than weights'
             raise InputError(
                 f'Checkpoint {filename} was refused, and nothing in it was run, because it holds '
@@ -76,9 +78,11 @@ def _weights_only(load: Callable[..., dict]) -> Callable[..., dict]:
         except (EOFError, RuntimeError) as error:
             if not _is_damaged(error):
                 raise
-            raise InputError(f'Checkpoint {filename} is cut short or damaged '
-                             f'({Path(filename).stat().st_size} bytes): copy or save it '
-                             'again.') from error
+            size = f' ({Path(filename).stat().st_size} bytes)' if is_local else ''
+            again = ('copy or save it again' if is_local else
+                     f'remove the copy in {torch.hub.get_dir()}/checkpoints to download it again')
+            raise InputError(
+                f'Checkpoint {filename} is cut short or damaged{size}: {again}.') from error
         if not isinstance(checkpoint, dict):
             raise InputError(f'Checkpoint {filename} holds a {type(checkpoint).__name__}, where a '
                              'dict of weights was expected: save model.state_dict().')
@@ -102,13 +106,11 @@ def _is_damaged(error: Exception) -> bool:
 @contextlib.contextmanager
 def _force_weights_only():
     """torch's own switch, obeyed by every torch.load below, a fallback to full pickle included."""
-    name = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
-    before = os.environ.get(name)
-    os.environ[name] = '1'
+    force, opposite = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
+    before = {name: os.environ.pop(name, None) for name in (force, opposite)}
+    os.environ[force] = '1'
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        del os.environ[force]
+        os.environ.update({name: value for name, value in before.items() if value is not None})

@@ -15,7 +15,7 @@ def replace_convs(model: nn.Module, pattern: str, conv_cfg: dict) -> List[str]:
     Args:
         model: any torch model.
         pattern: regular expression; every :class:`torch.nn.Conv2d` whose whole name matches is
-            replaced by a layer of the same geometry.
+            replaced by a layer of the same geometry, frozen and in the mode that it was.
         conv_cfg: the layer, e.g. ``dict(type='ODConv2d', kernel_num=4)``.
 
     Returns:
@@ -43,5 +43,8 @@ def replace_convs(model: nn.Module, pattern: str, conv_cfg: dict) -> List[str]:
         dynamic = layer(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
                         conv.padding, conv.dilation, conv.groups, conv.bias is not None,
                         conv.padding_mode, conv.weight.device, conv.weight.dtype, **conv_cfg)
+        dynamic.train(conv.training)
+        if not conv.weight.requires_grad:
+            dynamic.requires_grad_(False)
         setattr(model.get_submodule(parent), child, dynamic)
     return names

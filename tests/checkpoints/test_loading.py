@@ -1,0 +1,86 @@
+"""Checkpoints by URL and by MMEngine's other schemes, from a server on this machine."""
+import functools
+import http.server
+import os
+import pathlib
+import threading
+
+import pytest
+import torch
+from mmengine.runner import checkpoint as mmengine_checkpoint
+from mmengine.runner.checkpoint import CheckpointLoader
+
+from mmdet_odconv import InputError
+
+
+class Malicious:
+    def __reduce__(self):
+        return pathlib.Path.touch, (pathlib.Path('ran'), )
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """A directory and the URL at which it is served; downloads stay in another."""
+    files = tmp_path / 'files'
+    files.mkdir()
+    torch.save({'state_dict': {'weight': torch.ones(2)}}, files / 'good.pth')
+    torch.save({'state_dict': {}, 'meta': Malicious()}, files / 'evil.pth')
+    (files / 'page.pth').write_text('<html>not found</html>')
+    (files / 'cut.pth').write_bytes((files / 'good.pth').read_bytes()[:-200])
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(
+        ('127.0.0.1', 0), functools.partial(Handler, directory=str(files)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+    monkeypatch.setenv('MMENGINE_HOME', str(tmp_path / 'mmengine'))
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
+    monkeypatch.chdir(tmp_path)
+    yield f'http://127.0.0.1:{server.server_port}'
+    server.shutdown()
+    server.server_close()
+
+
+MESSAGES = {
+    'evil': r'evil\S* was refused, and nothing in it was run, because it holds \S*(Path|touch)',
+    'page': r'page\S* is not a checkpoint that torch can read',
+    'cut': r'cut\S* is cut short or damaged: remove the copy in \S+checkpoints to download it',
+}
+
+
+@pytest.mark.parametrize('name', MESSAGES)
+def test_a_bad_checkpoint_by_url(served, name):
+    with pytest.raises(InputError, match=MESSAGES[name]):
+        CheckpointLoader.load_checkpoint(f'{served}/{name}.pth')
+    assert not pathlib.Path('ran').exists()
+
+
+@pytest.mark.parametrize(('scheme', 'models'), [
+    ('modelzoo', 'get_torchvision_models'), ('torchvision', 'get_torchvision_models'),
+    ('open-mmlab', 'get_external_models'), ('openmmlab', 'get_external_models'),
+    ('mmcls', 'get_mmcls_models')])
+def test_every_scheme_reads_weights_only(served, monkeypatch, scheme, models):
+    urls = {name: f'{served}/{name}.pth' for name in ('good', *MESSAGES)}
+    monkeypatch.setattr(mmengine_checkpoint, models, lambda: urls)
+    assert 'state_dict' in CheckpointLoader.load_checkpoint(f'{scheme}://good')
+    for name, message in MESSAGES.items():
+        with pytest.raises(InputError, match=message):
+            CheckpointLoader.load_checkpoint(f'{scheme}://{name}')
+    assert not pathlib.Path('ran').exists()
+
+
+def test_no_scheme_was_left_out():
+    assert all(load.__module__ == 'mmengine.runner.checkpoint' and hasattr(load, '__wrapped__')
+               for load in CheckpointLoader._schemes.values())
+
+
+def test_a_users_own_switch_is_set_aside_and_restored(served, monkeypatch):
+    monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
+    assert 'state_dict' in CheckpointLoader.load_checkpoint('files/good.pth')
+    with pytest.raises(InputError, match=MESSAGES['evil']):
+        CheckpointLoader.load_checkpoint('files/evil.pth')
+    assert os.environ['TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'] == '1'
+    assert 'TORCH_FORCE_WEIGHTS_ONLY_LOAD' not in os.environ
