@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .blocked import BlockedConv, is_pointwise, output_size
-from .folded import FoldedConv, folded_conv2d
+from .folded import FoldedConv, folded_conv2d, kernels_for
 from .grouped import grouped_conv2d
 
 Size2d = Union[int, Tuple[int, int]]
@@ -56,15 +56,17 @@ def dynamic_conv2d(input: Tensor,
     input, padding = _resolve_padding(input, weight, stride, padding, dilation)
     stride, dilation = _pair(stride), _pair(dilation)
     dtype = _compute_dtype(input)
-    input, weight, *attentions = (
+    plan = _forced_plan or choose_plan(input, weight, stride, padding, dilation, groups)
+    if plan != 'folded' or kernels_for(input) is None:
+        weight = weight.to(dtype)  # one more pass over the bank, which Triton does without
+    input, *attentions = (
         None if t is None else t.to(dtype)
-        for t in (input, weight, kernel_attention, spatial_attention, channel_attention,
+        for t in (input, kernel_attention, spatial_attention, channel_attention,
                   filter_attention))
     with torch.autocast(input.device.type, enabled=False):
         if len(input) == 0:
             output = _empty_batch(input, weight, *attentions, stride, padding, dilation, groups)
         else:
-            plan = _forced_plan or choose_plan(input, weight, stride, padding, dilation, groups)
             output = PLANS[plan](input, weight, *attentions, stride, padding, dilation, groups)
         if bias is not None:
             output = output + bias.to(dtype)[:, None, None]
@@ -107,8 +109,8 @@ def force_plan(plan: str) -> Iterator[None]:
 
 def choose_plan(input: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> str:
     """Blocks where mixing whole kernels would move more data than the convolution does."""
-    if groups != 1 or torch.compiler.is_compiling():
-        return 'folded'
+    if groups != 1 or input.is_cuda or torch.compiler.is_compiling():
+        return 'folded'  # blocks are for the caches of a CPU
     pixels = math.prod(output_size(input, weight, stride, padding, dilation))
     if len(weight) > 1 and is_pointwise(weight, stride, padding):
         return 'blocked'  # no patches to make
@@ -118,7 +120,7 @@ def choose_plan(input: Tensor, weight: Tensor, stride, padding, dilation, groups
 def _empty_batch(input, weight, a, s, c, f, stride, padding, dilation, groups) -> Tensor:
     # No image has a kernel, yet every argument must stay in the graph: under DDP a rank with an
     # empty batch would otherwise leave the others waiting for its gradients.
-    output = F.conv2d(input, weight.sum(0), None, stride, padding, dilation, groups)
+    output = F.conv2d(input, weight.sum(0).to(input.dtype), None, stride, padding, dilation, groups)
     for attention in (a, s, c, f):
         if attention is not None:
             output = output + attention.sum()

@@ -3,13 +3,45 @@
 The images lie side by side as channels, (1, B * Cin, H, W), which moves no data. Best where the
 maps are larger than the kernels: then folding all attentions into the kernels costs next to
 nothing and the maps are read by the convolution alone. Of the forward pass only the input and the
-attentions are kept; the kernels are mixed again in the backward pass.
+attentions are kept; the kernels are mixed again in the backward pass. On CUDA both are done by
+Triton kernels where Triton is installed.
 """
+import functools
+import warnings
 from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def kernels_for(input: Tensor):
+    """The module of Triton kernels if they serve this input, else None.
+
+    Its functions take a bank of any dtype; plain operations need the input's.
+    """
+    if not input.is_cuda or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None  # compilers and tracers see through plain operations only
+    return _triton_kernels(input.device)
+
+
+@functools.cache
+def _triton_kernels(device: torch.device):
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return None  # no bfloat16 before
+    try:
+        from . import triton_kernels
+    except ImportError:
+        return None
+    try:
+        triton_kernels.fold_kernels(torch.ones(1, 1, 1, 1, 1, device=device), None, None, None,
+                                    None, 1, 1, torch.float32)
+    except Exception as error:
+        # An image without a C compiler, say, which Triton needs to launch its kernels.
+        warnings.warn(f'Triton fails on {device}, so slower plain operations replace its kernels '
+                      f'({error}). Repair Triton, or uninstall it.', stacklevel=2)
+        return None
+    return triton_kernels
 
 
 def mix(weight: Tensor, kernel_attention: Optional[Tensor], batch: int) -> Tensor:
@@ -32,6 +64,19 @@ def input_gate(spatial_attention: Optional[Tensor], channel_attention: Optional[
     return gate
 
 
+def input_gate_gradients(grad_gate: Optional[Tensor], s: Optional[Tensor], c: Optional[Tensor]
+                         ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+    """Gradients of s and c from that of their gate, (B, groups or 1, Cin / groups, kh, kw)."""
+    grad_s = grad_c = None
+    if s is not None:
+        channels = 1 if c is None else c.view(*grad_gate.shape[:3], 1, 1)
+        grad_s = (grad_gate * channels).sum((1, 2))
+    if c is not None:
+        spatial = 1 if s is None else s[:, None, None]
+        grad_c = (grad_gate * spatial).sum((3, 4)).flatten(1)
+    return grad_s, grad_c
+
+
 def fold(mixed: Tensor, gate: Optional[Tensor], filter_attention: Optional[Tensor],
          groups: int) -> Tensor:
     """Kernels of every image with all their attentions, shaped like ``mixed``."""
@@ -50,7 +95,8 @@ def folded_conv2d(input, weight, kernel_attention, spatial_attention, channel_at
                   filter_attention, stride, padding, dilation, groups) -> Tensor:
     """The plan in plain operations, which autograd and torch.compile see through."""
     gate = input_gate(spatial_attention, channel_attention, groups)
-    kernels = fold(mix(weight, kernel_attention, len(input)), gate, filter_attention, groups)
+    mixed = mix(weight.to(input.dtype), kernel_attention, len(input))
+    kernels = fold(mixed, gate, filter_attention, groups)
     return convolve(input, kernels, stride, padding, dilation, groups)
 
 
@@ -74,6 +120,12 @@ class FoldedConv(torch.autograd.Function):
         ctx.save_for_backward(input, weight, kernel_attention, spatial_attention,
                               channel_attention, filter_attention)
         ctx.geometry = stride, padding, dilation, groups
+        ctx.triton = kernels_for(input)
+        if ctx.triton is not None:
+            kernels = ctx.triton.fold_kernels(
+                weight, kernel_attention, spatial_attention, channel_attention, filter_attention,
+                groups, len(input), input.dtype)
+            return convolve(input, kernels, stride, padding, dilation, groups)
         return folded_conv2d(input, weight, kernel_attention, spatial_attention, channel_attention,
                              filter_attention, stride, padding, dilation, groups)
 
@@ -84,9 +136,12 @@ class FoldedConv(torch.autograd.Function):
         input, weight, a, s, c, f = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
         batch = len(input)
-        mixed = mix(weight, a, batch)
-        gate = input_gate(s, c, groups)
-        kernels = fold(mixed, gate, f, groups)
+        if ctx.triton is not None:
+            kernels = ctx.triton.fold_kernels(weight, a, s, c, f, groups, batch, input.dtype)
+        else:
+            mixed = mix(weight, a, batch)
+            gate = input_gate(s, c, groups)
+            kernels = fold(mixed, gate, f, groups)
         needs_kernels = any(ctx.needs_input_grad[1:6])
         grad_input, grad_kernels, _ = torch.ops.aten.convolution_backward(
             images_as_channels(grad), images_as_channels(input), kernels.flatten(0, 1), None,
@@ -97,8 +152,12 @@ class FoldedConv(torch.autograd.Function):
         if not needs_kernels:
             return (grad_input, *[None] * 9)
         grad_kernels = grad_kernels.contiguous().view(kernels.shape)
-        grads = unfold_gradients(grad_kernels, mixed, weight, a, s, c, f, gate, groups,
-                                 ctx.needs_input_grad[1])
+        if ctx.triton is not None:
+            grads = ctx.triton.fold_kernels_backward(grad_kernels, weight, a, s, c, f, groups,
+                                                     ctx.needs_input_grad[1])
+        else:
+            grads = unfold_gradients(grad_kernels, mixed, weight, a, s, c, f, gate, groups,
+                                     ctx.needs_input_grad[1])
         return (grad_input, *grads, None, None, None, None)
 
 
@@ -143,13 +202,7 @@ def unfold_gradients(grad: Tensor, mixed: Tensor, weight: Tensor, a, s, c, f, ga
             grad = grad.mul_(full_gate)
         if f is not None:
             grad = grad.mul_(f.view(batch, groups, -1, 1))
-    grad_s = grad_c = None
-    if s is not None:
-        channels = 1 if c is None else c.view(batch, groups, group_channels, 1, 1)
-        grad_s = (grad_gate * channels).sum((1, 2))
-    if c is not None:
-        spatial = 1 if s is None else s[:, None, None]
-        grad_c = (grad_gate * spatial).sum((3, 4)).view(batch, -1)
+    grad_s, grad_c = input_gate_gradients(grad_gate, s, c)
     grad = grad.reshape(batch, -1)
     if a is None:
         grad_weight = grad.sum(0) if needs_bank else None

@@ -3,6 +3,7 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmdet_odconv.ops import blocked, dynamic_conv2d, force_plan
 from mmdet_odconv.ops.dynamic_conv import PLANS, choose_plan
@@ -167,6 +168,8 @@ def test_plans():
     assert plan(maps, kernel=1) == 'blocked' and plan(maps, n=1, kernel=1) == 'folded'
     assert plan(small) == 'blocked' and plan(small, n=1, kernel=1) == 'blocked'
     assert plan(small[:1]) == 'blocked' and plan(small, groups=512) == 'folded'
+    with FakeTensorMode():
+        assert plan(torch.empty(8, 512, 7, 7, device='cuda')) == 'folded'
     with pytest.raises(ValueError, match=r"must be one of \['blocked', .*\], got 'fast'"):
         force_plan('fast').__enter__()
     with pytest.raises(ValueError, match="plan 'blocked' is for groups=1, got 4"), \
