@@ -7,6 +7,9 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault('TRITON_INTERPRET', '1')  # read when Triton is first imported
+
 torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
 
 ROOT = Path(__file__).parents[1]

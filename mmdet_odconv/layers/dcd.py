@@ -89,9 +89,8 @@ class DCDConv2d(DynamicConv2d):
             output = self._convolve_each(x, padding, fusion, filter_attention)
         else:
             # The kernels are larger than the maps: one static kernel serves all images.
-            static = F.conv2d(x, self.weight[0], None, self.stride, padding, self.dilation,
-                              self.groups)
-            output = static * filter_attention[:, :, None, None].to(static.dtype)
+            output = dynamic_conv2d(x, self.weight, None, self.stride, padding, self.dilation,
+                                    self.groups, filter_attention=filter_attention)
             if self.fuses_elements:  # no image has a kernel, but all parameters stay in the graph
                 output = output + (fusion.sum() + self.p.sum() + self.q.sum())
             else:

@@ -13,8 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import folded
-from .folded import (KernelGradients, as_matrices, differentiable_gradients, fold, gate_gradients,
-                     mix, row_blocks, slices, some)
+from .folded import (
+    KernelGradients,
+    as_matrices,
+    differentiable_gradients,
+    fold,
+    gate_gradients,
+    is_pointwise,
+    mix,
+    row_blocks,
+    slices,
+    some,
+)
 
 # Images of a block where all do not fit: fewer mean more rows, which multiply faster, but more
 # reads of the bank's rows.
@@ -53,7 +63,7 @@ class BlockedConv(torch.autograd.Function):
                 output *= output_factor
         ctx.save_for_backward(input, weight, kernel_attention, spatial_attention,
                               channel_attention, filter_attention, kept)
-        size = output_size(input, weight, stride, padding, dilation)
+        size = output_size(input.shape, weight.shape, stride, padding, dilation)
         return output.view(batch, -1, *size)
 
     @staticmethod
@@ -125,25 +135,20 @@ def where_to_scale(gate: Optional[Tensor], f: Optional[Tensor], columns: Tensor,
     return column_gate, output_factor, gate, f
 
 
-def output_size(input, weight, stride, padding, dilation):
+def output_size(input_shape, weight_shape, stride, padding, dilation):
     """Height and width of the output, px."""
     return tuple(max(0, size + 2 * p - d * (k - 1) - 1 + st) // st for size, k, st, p, d in zip(
-        input.shape[2:], weight.shape[3:], stride, padding, dilation))
-
-
-def is_pointwise(weight, stride, padding) -> bool:
-    """Whether the patches are the pixels themselves."""
-    return tuple(weight.shape[3:]) == (1, 1) and not any(padding) and tuple(stride) == (1, 1)
+        input_shape[2:], weight_shape[3:], stride, padding, dilation))
 
 
 def patches(input, weight, stride, padding, dilation) -> Tensor:
     """(B, Cin * kh * kw, L); a view of the input for a 1x1 kernel."""
-    if is_pointwise(weight, stride, padding):
+    if is_pointwise(weight.shape, stride, padding):
         return input.flatten(2)
     return F.unfold(input, weight.shape[3:], dilation, padding, stride)
 
 
 def patches_gradient(grad_columns, input, weight, stride, padding, dilation) -> Tensor:
-    if is_pointwise(weight, stride, padding):
+    if is_pointwise(weight.shape, stride, padding):
         return grad_columns.view(input.shape)
     return F.fold(grad_columns, input.shape[2:], weight.shape[3:], dilation, padding, stride)

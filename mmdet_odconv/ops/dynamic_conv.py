@@ -1,19 +1,22 @@
 """The one function that every dynamic convolution layer calls."""
 import contextlib
 import math
-from typing import Iterator, Optional, Tuple, Union
+from typing import Dict, Iterator, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blocked import BlockedConv, is_pointwise, output_size
-from .folded import FoldedConv, folded_conv2d
+from .blocked import BlockedConv, output_size
+from .folded import FoldedConv, folded_conv2d, is_pointwise
+from .fused import FusedConv, serves
 from .grouped import grouped_conv2d
+from .shared import SharedConv
 
-# Cost of an element of the patches, which are written, scaled and gathered again, relative to one
-# of the kernels; measured by `benchmark.py plans`.
+# Cost of moving an element of the patches (written, scaled, gathered again) or of a scaled map,
+# relative to one of the kernels; fitted to `benchmark.py plans`.
 PATCH_COST = 4
+MAP_COST = 4
 
 Size2d = Union[int, Tuple[int, int]]
 
@@ -59,24 +62,25 @@ def dynamic_conv2d(input: Tensor,
                   filter_attention)
     input, padding = _resolve_padding(input, weight, stride, padding, dilation)
     stride, dilation = _pair(stride), _pair(dilation)
-    tensors = (input, weight, kernel_attention, spatial_attention, channel_attention,
-               filter_attention)
-    if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(input.device.type)
-        tensors = [None if t is None else t.to(dtype) for t in tensors]
-        with torch.autocast(input.device.type, enabled=False):
-            output = _run(*tensors, stride, padding, dilation, groups)
+    plan = _forced_plan or choose_plan(
+        input, weight, stride, padding, dilation, groups, kernel_attention, spatial_attention)
+    attentions = (kernel_attention, spatial_attention, channel_attention, filter_attention)
+    geometry = stride, padding, dilation, groups
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        input, *attentions = (None if t is None else t.to(dtype) for t in (input, *attentions))
+        if plan != 'fused':
+            weight = weight.to(dtype)
+        with torch.autocast(device, enabled=False):
+            output = _run(plan, input, weight, *attentions, *geometry)
     else:
-        output = _run(*tensors, stride, padding, dilation, groups)
+        output = _run(plan, input, weight, *attentions, *geometry)
     return output if bias is None else output + bias.to(output.dtype)[:, None, None]
 
 
-def _run(input, *arguments) -> Tensor:
-    if len(input) == 0:
-        return _empty_batch(input, *arguments)
-    weight, (stride, padding, dilation, groups) = arguments[0], arguments[5:]
-    plan = _forced_plan or choose_plan(input, weight, stride, padding, dilation, groups)
-    return PLANS[plan](input, *arguments)
+def _run(plan: str, input: Tensor, *arguments) -> Tensor:
+    return PLANS[plan](input, *arguments) if len(input) else _empty_batch(input, *arguments)
 
 
 def _folded(input, weight, a, s, c, f, stride, padding, dilation, groups) -> Tensor:
@@ -92,7 +96,15 @@ def _blocked(input, weight, a, s, c, f, stride, padding, dilation, groups) -> Te
     return BlockedConv.apply(input, weight, a, s, c, f, stride, padding, dilation)
 
 
-PLANS = dict(blocked=_blocked, folded=_folded, grouped=grouped_conv2d)
+def _shared(input, weight, a, s, c, f, *geometry) -> Tensor:
+    if a is not None or s is not None:
+        raise ValueError("plan 'shared' is for a bank of one kernel without attention of its own, "
+                         f'got {len(weight)} with {"kernel" if s is None else "spatial"}_attention')
+    return SharedConv.apply(input, weight, a, s, c, f, *geometry)
+
+
+PLANS = dict(blocked=_blocked, folded=_folded, fused=FusedConv.apply, grouped=grouped_conv2d,
+             shared=_shared)
 _forced_plan: Optional[str] = None
 
 
@@ -113,24 +125,46 @@ def force_plan(plan: str) -> Iterator[None]:
         _forced_plan = before
 
 
-def choose_plan(input: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> str:
-    """The plan that moves less.
-
-    Per image, 'folded' moves the kernel, Cout * I elements with I = Cin * kh * kw, and 'blocked'
-    the patches, I * L for L output pixels: none if they are the pixels themselves.
-    """
-    if groups != 1 or torch.compiler.is_compiling():
+def choose_plan(input: Tensor, weight: Tensor, stride, padding, dilation, groups: int,
+                kernel_attention=None, spatial_attention=None) -> str:
+    """The plan that serves a call: Triton's on CUDA, else the one of least :func:`plan_costs`."""
+    if serves(input):
+        return 'fused'
+    if torch.compiler.is_compiling():
         return 'folded'
-    if is_pointwise(weight, stride, padding):
-        return 'blocked'
-    pixels = math.prod(output_size(input, weight, stride, padding, dilation))
-    return 'blocked' if 0 < PATCH_COST * pixels < weight.shape[1] else 'folded'
+    costs = plan_costs(input.shape, weight.shape, stride, padding, dilation, groups,
+                       kernel_attention is None and spatial_attention is None)
+    if input.is_cuda:
+        costs.pop('blocked', None)  # blocks are for the caches of a CPU
+    return min(costs, key=costs.get)
+
+
+def plan_costs(input_shape, weight_shape, stride, padding, dilation, groups: int,
+               kernel_is_shared: bool) -> Dict[str, float]:
+    """What each plan that can serve a call moves beside the convolution itself.
+
+    In elements of kernels, per image. With Cout * I elements in a kernel, I = Cin / groups * kh *
+    kw, and L output pixels: 'folded' moves the kernel; 'blocked' only a cached part of it at a
+    time, but patches, I * L, unless they are the pixels themselves; 'shared' scales both maps.
+    The first of equals is chosen.
+    """
+    height, width = output_size(input_shape, weight_shape, stride, padding, dilation)
+    out_channels, inner, pixels = weight_shape[1], math.prod(weight_shape[2:]), height * width
+    costs = {}
+    if groups == 1 and is_pointwise(weight_shape, stride, padding):
+        costs['blocked'] = out_channels * inner
+    elif groups == 1 and pixels > 0:
+        costs['blocked'] = PATCH_COST * inner * pixels
+    costs['folded'] = out_channels * inner
+    if kernel_is_shared:
+        costs['shared'] = MAP_COST * (math.prod(input_shape[1:]) + out_channels * pixels)
+    return costs
 
 
 def _empty_batch(input, weight, a, s, c, f, stride, padding, dilation, groups) -> Tensor:
     # No image has a kernel, yet every argument must stay in the graph: under DDP a rank with an
     # empty batch would otherwise leave the others waiting for its gradients.
-    output = F.conv2d(input, weight.sum(0), None, stride, padding, dilation, groups)
+    output = F.conv2d(input, weight.sum(0).to(input.dtype), None, stride, padding, dilation, groups)
     for attention in (a, s, c, f):
         if attention is not None:
             output = output + attention.sum()

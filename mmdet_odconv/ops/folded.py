@@ -22,6 +22,7 @@ CHUNK_BYTES = 2**24
 def folded_conv2d(input, weight, kernel_attention, spatial_attention, channel_attention,
                   filter_attention, stride, padding, dilation, groups) -> Tensor:
     """The plan in operations that autograd and torch.compile see through."""
+    weight = weight.to(input.dtype)
     bank, gate, f = as_matrices(weight, spatial_attention, channel_attention, filter_attention,
                                 groups)
     kernels = fold(mix(bank, kernel_attention, len(input)), gate, f)
@@ -50,31 +51,31 @@ class FoldedConv(torch.autograd.Function):
         if torch.is_grad_enabled():
             return (*differentiable_gradients(ctx, grad, *ctx.geometry), None, None, None, None)
         input, weight, a, s, c, f = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.geometry
-        bank, gate, row_f = as_matrices(weight, s, c, f, groups)
+        bank, gate, row_f = as_matrices(weight, s, c, f, ctx.geometry[-1])
         needs_kernels = any(ctx.needs_input_grad[1:6])
         gradients = KernelGradients(bank, a, gate, row_f, len(input), ctx.needs_input_grad[1])
         grad_inputs = []
         for images in chunks(bank, len(input)):
             kernels = fold_by_rows(bank, images, a, gate, row_f)
-            grad_input, grad_kernels, _ = torch.ops.aten.convolution_backward(
-                images_as_channels(grad[images]), images_as_channels(input[images]),
-                as_kernels(kernels, weight), None, stride, padding, dilation, False, [0, 0],
-                len(kernels) * groups, [ctx.needs_input_grad[0], needs_kernels, False])
+            grad_input, grad_kernels = convolution_gradients(
+                grad[images], input[images], as_kernels(kernels, weight), *ctx.geometry,
+                ctx.needs_input_grad[0], needs_kernels)
             grad_inputs.append(grad_input)
             if needs_kernels:
-                grad_kernels = grad_kernels.contiguous().view(kernels.shape)
+                grad_kernels = grad_kernels.view(kernels.shape)
                 for rows in row_blocks(bank, len(kernels)):
                     mixed = mix(bank[:, :, rows], some(a, images), len(kernels))
                     gradients.add(rows, images, grad_kernels[:, :, rows], mixed)
         grad_input = None
         if ctx.needs_input_grad[0]:
-            grad_input = torch.cat([part.view(-1, *input.shape[1:]) for part in grad_inputs])
+            grad_input = grad_inputs[0] if len(grad_inputs) == 1 else torch.cat(grad_inputs)
         return (grad_input, *gradients.of(weight, s, c, f), None, None, None, None)
 
 
 def chunks(bank: Tensor, batch: int) -> Iterator[slice]:
-    """Slices of images whose kernels are of CHUNK_BYTES."""
+    """Slices of images whose kernels are of CHUNK_BYTES; all images elsewhere than on a CPU."""
+    if bank.device.type != 'cpu':
+        return slices(batch, batch)
     return slices(batch, CHUNK_BYTES // (bank[0].numel() * bank.element_size()))
 
 
@@ -99,9 +100,37 @@ def as_kernels(matrices: Tensor, weight: Tensor) -> Tensor:
 
 def convolve(input: Tensor, kernels: Tensor, stride, padding, dilation, groups: int) -> Tensor:
     """Convolve image b of (B, Cin, H, W) with the b-th Cout of (B * Cout, Cin / groups, kh, kw)."""
+    batch = len(input)
+    if groups == 1 and is_pointwise(kernels.shape, stride, padding):
+        output = kernels.view(batch, -1, input.shape[1]) @ input.flatten(2)
+        return output.view(batch, -1, *input.shape[2:])
     output = F.conv2d(images_as_channels(input), kernels, None, stride, padding, dilation,
-                      len(input) * groups)
-    return output.view(len(input), -1, *output.shape[2:])
+                      batch * groups)
+    return output.view(batch, -1, *output.shape[2:])
+
+
+def convolution_gradients(grad, input, kernels, stride, padding, dilation, groups: int,
+                          needs_input: bool, needs_kernels: bool
+                          ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+    """Gradients of input and kernels of :func:`convolve`, shaped as they are."""
+    if groups == 1 and is_pointwise(kernels.shape, stride, padding):
+        grad = grad.flatten(2)
+        matrices = kernels.view(len(input), -1, input.shape[1])
+        grad_input = (matrices.mT @ grad).view(input.shape) if needs_input else None
+        grad_kernels = grad @ input.flatten(2).mT if needs_kernels else None
+    else:
+        grad_input, grad_kernels, _ = torch.ops.aten.convolution_backward(
+            images_as_channels(grad), images_as_channels(input), kernels, None, stride, padding,
+            dilation, False, [0, 0], len(input) * groups, [needs_input, needs_kernels, False])
+        grad_input = None if grad_input is None else grad_input.view(input.shape)
+    if grad_kernels is not None:
+        grad_kernels = grad_kernels.reshape(kernels.shape).contiguous()
+    return grad_input, grad_kernels
+
+
+def is_pointwise(weight_shape, stride, padding) -> bool:
+    """Whether each output pixel is made from the one input pixel in its place."""
+    return tuple(weight_shape[-2:]) == (1, 1) and not any(padding) and tuple(stride) == (1, 1)
 
 
 def images_as_channels(maps: Tensor) -> Tensor:
@@ -133,9 +162,12 @@ def as_matrices(weight: Tensor, s: Optional[Tensor], c: Optional[Tensor], f: Opt
 
 
 def row_blocks(bank: Tensor, batch: int) -> Iterator[slice]:
-    """Slices of rows whose kernels, of so many images, are of BLOCK_BYTES; all rows if grouped."""
+    """Slices of rows whose kernels, of so many images, are of BLOCK_BYTES.
+
+    All rows if they are grouped, or elsewhere than on a CPU.
+    """
     rows, columns = bank.shape[2:]
-    if bank.shape[1] > 1:
+    if bank.shape[1] > 1 or bank.device.type != 'cpu':
         return slices(rows, rows)
     return slices(rows, max(8, BLOCK_BYTES // (batch * columns * bank.element_size())))
 
@@ -236,7 +268,7 @@ def gate_gradients(grad_gate: Optional[Tensor], weight: Tensor, s: Optional[Tens
         product = grad if c is None else grad * c.view(len(c), -1, group_channels, 1)
         grad_s = product.sum((1, 2)).view(s.shape)
     if c is not None:
-        grad_c = grad.sum(3) if s is None else (grad @ s.flatten(1)[:, None, :, None])
+        grad_c = grad.sum(3) if s is None else grad @ s.to(grad.dtype).flatten(1)[:, None, :, None]
         grad_c = grad_c.view(c.shape)
     return grad_s, grad_c
 

@@ -6,10 +6,11 @@ from torch import Tensor
 
 
 def with_average(input: Tensor) -> Tuple[Tensor, Tensor]:
-    """The input, (B, C, H, W), for one convolution to read, and its average, (B, C).
+    """The input, (B, C, H, W), for a convolution to read, and its average, (B, C).
 
     The average's gradient is added to the convolution's in place: by itself it would be a map
-    as large as the input, to be written, read and added. Use the returned input only once.
+    as large as the input, to be written, read and added. So give the returned input only to
+    operations whose gradient is a new tensor, as a convolution's is and a sum's is not.
     """
     if not (input.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         return input, input.mean((2, 3))

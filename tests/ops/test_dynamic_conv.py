@@ -3,9 +3,13 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mmdet_odconv.ops import blocked, folded, dynamic_conv2d, force_plan
-from mmdet_odconv.ops.dynamic_conv import PLANS, choose_plan
+from mmdet_odconv.ops import blocked, dynamic_conv2d, folded, force_plan
+from mmdet_odconv.ops.dynamic_conv import MAP_COST, PATCH_COST, PLANS, choose_plan, plan_costs
+
+# Triton's plan has tests of its own; a shared kernel needs other calls.
+PLANS = [plan for plan in PLANS if plan not in ('fused', 'shared')]
 
 ATTENTIONS = ('kernel_attention', 'spatial_attention', 'channel_attention', 'filter_attention')
 
@@ -45,12 +49,25 @@ def calls(draw):
 def test_equals_the_formula_and_every_gradient(call):
     x, weight, bias, geometry, attentions = call
     groups = geometry[-1]
-    for plan in PLANS if groups == 1 else ['folded', 'grouped']:
+    for plan in PLANS if groups == 1 else set(PLANS) - {'blocked'}:
         with force_plan(plan):
             ours = dynamic_conv2d(x, weight, bias, *geometry, **attentions)
         reference.assert_same_with_gradients(
             ours, reference.dynamic_conv2d(x, weight, bias, *geometry, **attentions),
             dict(input=x, weight=weight, bias=bias, **attentions))
+
+
+@settings(max_examples=60, deadline=None)
+@given(calls())
+def test_shared_kernel_equals_the_formula_and_every_gradient(call):
+    x, weight, bias, geometry, attentions = call
+    weight = weight[:1].detach().requires_grad_()
+    attentions.update(kernel_attention=None, spatial_attention=None)
+    with force_plan('shared'):
+        ours = dynamic_conv2d(x, weight, bias, *geometry, **attentions)
+    reference.assert_same_with_gradients(
+        ours, reference.dynamic_conv2d(x, weight, bias, *geometry, **attentions),
+        dict(input=x, weight=weight, bias=bias, **attentions))
 
 
 def test_empty_batch_keeps_every_argument_in_the_graph():
@@ -109,6 +126,17 @@ def call_with_everything(batch=3, n=2, cin=4, cout=20, size=6, kernel=3):
         filter_attention=rand(batch, cout))
 
 
+def test_chunks_of_images(monkeypatch):
+    monkeypatch.setattr(folded, 'BLOCK_BYTES', 0)
+    monkeypatch.setattr(folded, 'CHUNK_BYTES', 0)  # one image
+    call = call_with_everything()
+    attentions = {name: value for name, value in call.items() if name.endswith('attention')}
+    with force_plan('folded'):
+        ours = dynamic_conv2d(**call, padding=1)
+    theirs = reference.dynamic_conv2d(call['input'], call['weight'], padding=1, **attentions)
+    reference.assert_same_with_gradients(ours, theirs, call)
+
+
 @pytest.mark.parametrize('n', [1, 3])
 @pytest.mark.parametrize('kept_pixels', [0, 10**6])
 @pytest.mark.parametrize('absent', [None, 'spatial_attention', 'filter_attention'])
@@ -126,7 +154,7 @@ def test_blocks_of_rows_and_both_ways_to_the_filter_gradient(monkeypatch, n, kep
     reference.assert_same_with_gradients(ours, theirs, call)
 
 
-@pytest.mark.parametrize('plan', sorted(PLANS))
+@pytest.mark.parametrize('plan', PLANS)
 def test_only_gradients_that_are_asked_for(plan):
     call = call_with_everything()
     for names in (['input'], ['weight'], ['filter_attention'], ['kernel_attention', 'input']):
@@ -147,28 +175,55 @@ def test_keeps_nothing_for_backward_but_what_it_was_given(plan):
     assert set(saved) == {tensor.data_ptr() for tensor in call.values()}
 
 
-@pytest.mark.parametrize('plan', sorted(PLANS))
+@pytest.mark.parametrize('plan', [*PLANS, 'shared'])
 def test_second_derivatives(plan):
-    call = call_with_everything(batch=2, cin=2, cout=3, size=4)
+    call = call_with_everything(batch=2, cin=2, cout=3, size=4, n=1 if plan == 'shared' else 2)
+    if plan == 'shared':
+        call.pop('spatial_attention')
+    call = {name: value for name, value in call.items() if value is not None}
     with force_plan(plan):
         assert torch.autograd.gradgradcheck(
             lambda *values: dynamic_conv2d(**dict(zip(call, values)), padding=1),
             tuple(call.values()))
 
 
+def test_costs_of_plans():
+    def costs(*call, shared=False, stride=1, padding=1, groups=1):
+        return plan_costs(*call, (stride, stride), (padding, padding), (1, 1), groups, shared)
+
+    maps, bank = (2, 64, 10, 12), (4, 32, 64, 3, 3)
+    kernel, patches = 32 * 64 * 9, 64 * 9 * 10 * 12
+    assert costs(maps, bank) == dict(blocked=PATCH_COST * patches, folded=kernel)
+    assert costs(maps, bank, stride=2)['blocked'] == PATCH_COST * patches / 4
+    assert costs(maps, bank, shared=True)['shared'] == MAP_COST * (64 + 32) * 10 * 12
+    assert costs(maps, (4, 32, 64, 1, 1), padding=0) == dict(blocked=32 * 64, folded=32 * 64)
+    assert costs(maps, (4, 64, 1, 3, 3), groups=64) == dict(folded=64 * 9)
+    assert 'blocked' not in costs((2, 64, 1, 1), bank, padding=0)  # conv2d refuses, and says why
+
+
 def test_plans():
     maps, small = torch.empty(2, 64, 48, 48), torch.empty(8, 512, 7, 7)
 
-    def plan(x, n=4, kernel=3, groups=1):
+    def plan(x, n=4, kernel=3, groups=1, **attentions):
         weight = torch.empty(n, x.shape[1], x.shape[1] // groups, kernel, kernel)
-        return choose_plan(x, weight, (1, 1), (kernel // 2, ) * 2, (1, 1), groups)
+        attentions = attentions or dict(kernel_attention=torch.empty(len(x), n))
+        return choose_plan(x, weight, (1, 1), (kernel // 2, ) * 2, (1, 1), groups, **attentions)
 
-    assert plan(maps) == 'folded'
-    assert plan(maps, kernel=1) == 'blocked' and plan(maps, n=1, kernel=1) == 'blocked'
-    assert plan(small) == 'blocked' and plan(small, n=1, kernel=1) == 'blocked'
+    assert plan(maps) == 'folded' and plan(maps, kernel=1) == 'blocked'
+    assert plan(small) == 'blocked' and plan(small, kernel=1) == 'blocked'
     assert plan(small[:1]) == 'blocked' and plan(small, groups=512) == 'folded'
+    none, spatial = dict(kernel_attention=None), dict(spatial_attention=torch.empty(8, 3, 3))
+    assert plan(small, 1, **none) == 'shared' and plan(small, 1, 1, **none) == 'shared'
+    assert plan(maps, 1, **none) == 'folded' and plan(maps, 1, 1, **none) == 'blocked'
+    assert plan(small, 1, **spatial) == 'blocked'
+    with FakeTensorMode():
+        assert plan(torch.empty(8, 512, 7, 7, device='cuda')) == 'folded'
     with pytest.raises(ValueError, match=r"must be one of \['blocked', .*\], got 'fast'"):
         force_plan('fast').__enter__()
     with pytest.raises(ValueError, match="plan 'blocked' is for groups=1, got 4"), \
             force_plan('blocked'):
         dynamic_conv2d(torch.zeros(2, 4, 5, 5), torch.zeros(1, 4, 1, 3, 3), groups=4)
+    with pytest.raises(ValueError, match="plan 'shared' is for .* got 2 with kernel_attention"), \
+            force_plan('shared'):
+        dynamic_conv2d(torch.zeros(2, 4, 5, 5), torch.zeros(2, 4, 4, 3, 3),
+                       kernel_attention=torch.zeros(2, 2))
