@@ -92,7 +92,7 @@ class ODAttention(nn.Module):
 
     def forward(self, average: Tensor, temperature: float) -> Dict[str, Tensor]:
         """Attentions of maps with this average, (B, Cin), as arguments of ``dynamic_conv2d``."""
-        hidden = F.relu(self._normalise(self.fc(average)[:, :, None, None])).flatten(1)
+        hidden = F.relu(self._normalise(self.fc(average)))
         heads = {name: fc for name, fc in (
             ('channel_attention', self.channel_fc), ('filter_attention', self.filter_fc),
             ('spatial_attention', self.spatial_fc), ('kernel_attention', self.kernel_fc))
@@ -114,13 +114,14 @@ class ODAttention(nn.Module):
     def _normalise(self, x: Tensor) -> Tensor:
         """Batch statistics of fewer than two pooled values do not exist: use the running ones."""
         norm = self.bn
-        if (isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training and len(x) < 2
-                and norm.track_running_stats and not _is_synchronised(norm)):
-            if len(x) == 1 and not torch.compiler.is_compiling():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
+            alone = norm.training and len(x) < 2 and not _is_synchronised(norm)
+            if alone and len(x) == 1 and not torch.compiler.is_compiling():
                 _warn_single_image()
-            return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias,
-                                False, 0.0, norm.eps)
-        return norm(x)
+            if alone or not norm.training:
+                return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias,
+                                    False, 0.0, norm.eps)
+        return norm(x[:, :, None, None]).flatten(1)
 
 
 def build_pooled_norm(cfg: dict, channels: int) -> nn.Module:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import folded
 from .folded import (
+    ALL,
     KernelGradients,
     as_matrices,
     differentiable_gradients,
@@ -21,9 +22,9 @@ from .folded import (
     gate_gradients,
     is_pointwise,
     mix,
+    part,
     row_blocks,
     slices,
-    some,
 )
 
 # Images of a block where all do not fit: fewer mean more rows, which multiply faster, but more
@@ -51,10 +52,10 @@ class BlockedConv(torch.autograd.Function):
             columns = columns * column_gate
         output = columns.new_empty(batch, bank.shape[2], columns.shape[2])
         for rows, images in blocks(bank, batch):
-            kernels = mix(bank[:, :, rows], some(a, images), images.stop - images.start)
-            kernels = fold(kernels, some(gate, images), None if f is None else f[images, :, rows],
-                           inplace=a is not None)
-            torch.bmm(kernels[:, 0], columns[images], out=output[images, rows])
+            some_columns = part(columns, images)
+            kernels = mix(part(bank, ALL, rows), part(a, images), len(some_columns))
+            kernels = fold(kernels, part(gate, images), part(f, images, rows), a is not None)
+            torch.bmm(kernels.squeeze(1), some_columns, out=output[images, rows])
         kept = None
         if output_factor is not None:
             if output.shape[2] < KEPT_PIXELS:
@@ -86,18 +87,17 @@ class BlockedConv(torch.autograd.Function):
         gradients = KernelGradients(bank, a, gate, all_f, batch, ctx.needs_input_grad[1])
         grad_columns = torch.empty_like(columns) if needs_columns else None
         for rows, images in blocks(bank, batch):
-            mixed = mix(bank[:, :, rows], some(a, images), images.stop - images.start)
-            grad_rows, block_columns = grad[images, rows], columns[images]
-            scaled = grad_rows
+            some_columns = part(columns, images)
+            mixed = mix(part(bank, ALL, rows), part(a, images), len(some_columns))
+            scaled = grad_rows = grad[images, rows]
             if output_factor is not None:
                 scaled = grad_rows * output_factor[images, rows]
-            kernels = fold(mixed, some(gate, images),
-                           None if row_f is None else row_f[images, :, rows])[:, 0]
             if needs_columns:
-                grad_columns[images].baddbmm_(kernels.mT, scaled, beta=int(rows.start > 0))
+                kernels = fold(mixed, part(gate, images), part(row_f, images, rows)).squeeze(1)
+                part(grad_columns, images).baddbmm_(kernels.mT, scaled, beta=int(bool(rows.start)))
             if needs_kernels:
                 # Before it is scaled by f: no gradient is ever divided by an attention.
-                grad_kernels = grad_rows @ block_columns.mT
+                grad_kernels = grad_rows @ some_columns.mT
                 gradients.add(rows, images, grad_kernels[:, None], mixed)
         grad_weight, grad_a, grad_s, grad_c, folded_grad_f = gradients.of(
             weight, s, c, None if all_f is None else f)

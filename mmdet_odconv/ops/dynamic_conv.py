@@ -1,5 +1,6 @@
 """The one function that every dynamic convolution layer calls."""
 import contextlib
+import functools
 import math
 from typing import Dict, Iterator, Optional, Tuple, Union
 
@@ -132,9 +133,14 @@ def choose_plan(input: Tensor, weight: Tensor, stride, padding, dilation, groups
         return 'fused'
     if torch.compiler.is_compiling():
         return 'folded'
-    costs = plan_costs(input.shape, weight.shape, stride, padding, dilation, groups,
-                       kernel_attention is None and spatial_attention is None)
-    if input.is_cuda:
+    return _cheapest_plan(input.is_cuda, input.shape, weight.shape, stride, padding, dilation,
+                          groups, kernel_attention is None and spatial_attention is None)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cheapest_plan(is_cuda: bool, *call) -> str:
+    costs = plan_costs(*call)
+    if is_cuda:
         costs.pop('blocked', None)  # blocks are for the caches of a CPU
     return min(costs, key=costs.get)
 

@@ -5,7 +5,7 @@ maps are larger than the kernels: then folding all attentions into the kernels c
 nothing and the maps are read by the convolution alone. Of the forward pass only the input and the
 attentions are kept; the kernels are mixed again in the backward pass.
 """
-from typing import Iterator, Optional, Tuple
+from typing import Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ BLOCK_BYTES = 2**22
 # Kernels that are convolved with at once, in bytes: larger ones would be allocated anew each time,
 # and a page of memory costs more when it is first touched than to be written ten times.
 CHUNK_BYTES = 2**24
+
+
+ALL = slice(None)
 
 
 def folded_conv2d(input, weight, kernel_attention, spatial_attention, channel_attention,
@@ -42,8 +45,10 @@ class FoldedConv(torch.autograd.Function):
                                      filter_attention, groups)
         outputs = []
         for images in chunks(bank, len(input)):
-            kernels = fold_by_rows(bank, images, kernel_attention, *factors)
-            outputs.append(convolve(input[images], as_kernels(kernels, weight), *ctx.geometry))
+            some = part(input, images)
+            kernels = fold_by_rows(
+                bank, *(part(t, images) for t in (kernel_attention, *factors)), len(some))
+            outputs.append(convolve(some, as_kernels(kernels, weight), *ctx.geometry))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @staticmethod
@@ -56,40 +61,40 @@ class FoldedConv(torch.autograd.Function):
         gradients = KernelGradients(bank, a, gate, row_f, len(input), ctx.needs_input_grad[1])
         grad_inputs = []
         for images in chunks(bank, len(input)):
-            kernels = fold_by_rows(bank, images, a, gate, row_f)
+            attentions = [part(t, images) for t in (a, gate, row_f)]
+            kernels = fold_by_rows(bank, *attentions, len(part(input, images)))
             grad_input, grad_kernels = convolution_gradients(
-                grad[images], input[images], as_kernels(kernels, weight), *ctx.geometry,
+                part(grad, images), part(input, images), as_kernels(kernels, weight), *ctx.geometry,
                 ctx.needs_input_grad[0], needs_kernels)
             grad_inputs.append(grad_input)
             if needs_kernels:
                 grad_kernels = grad_kernels.view(kernels.shape)
                 for rows in row_blocks(bank, len(kernels)):
-                    mixed = mix(bank[:, :, rows], some(a, images), len(kernels))
-                    gradients.add(rows, images, grad_kernels[:, :, rows], mixed)
+                    mixed = mix(part(bank, ALL, rows), attentions[0], len(kernels))
+                    gradients.add(rows, images, part(grad_kernels, ALL, rows), mixed)
         grad_input = None
         if ctx.needs_input_grad[0]:
             grad_input = grad_inputs[0] if len(grad_inputs) == 1 else torch.cat(grad_inputs)
         return (grad_input, *gradients.of(weight, s, c, f), None, None, None, None)
 
 
-def chunks(bank: Tensor, batch: int) -> Iterator[slice]:
+def chunks(bank: Tensor, batch: int) -> Sequence[slice]:
     """Slices of images whose kernels are of CHUNK_BYTES; all images elsewhere than on a CPU."""
     if bank.device.type != 'cpu':
         return slices(batch, batch)
     return slices(batch, CHUNK_BYTES // (bank[0].numel() * bank.element_size()))
 
 
-def fold_by_rows(bank: Tensor, images: slice, a: Optional[Tensor], gate: Optional[Tensor],
-                 f: Optional[Tensor]) -> Tensor:
-    """The folded kernels of some images, made in the cache; not differentiable."""
-    batch, gate, f = images.stop - images.start, some(gate, images), some(f, images)
+def fold_by_rows(bank: Tensor, a: Optional[Tensor], gate: Optional[Tensor], f: Optional[Tensor],
+                 batch: int) -> Tensor:
+    """:func:`fold` of :func:`mix`, made in the cache; not differentiable."""
     if a is None:
         return fold(mix(bank, a, batch), gate, f)
     kernels = bank.new_empty(batch, *bank.shape[1:])
     for rows in row_blocks(bank, batch):
-        block = kernels[:, :, rows]
-        torch.mm(a[images], bank[:, :, rows].flatten(1), out=block.flatten(1))
-        fold(block, gate, None if f is None else f[:, :, rows], inplace=True)
+        block = part(kernels, ALL, rows)
+        torch.mm(a, part(bank, ALL, rows).flatten(1), out=block.flatten(1))
+        fold(block, gate, part(f, ALL, rows), inplace=True)
     return kernels
 
 
@@ -148,20 +153,22 @@ def as_matrices(weight: Tensor, s: Optional[Tensor], c: Optional[Tensor], f: Opt
 
     Views, but for a gate of both c and s.
     """
-    bank = weight.flatten(2).unflatten(1, (groups, -1))
-    group_channels, area = weight.shape[2], weight.shape[3] * weight.shape[4]
-    gate = None
-    if c is not None:
-        gate = c.view(len(c), groups, group_channels, 1)
-        gate = gate.expand(-1, -1, -1, area) if s is None else gate * s.flatten(1)[:, None, None]
-    elif s is not None:
-        gate = s.flatten(1)[:, None, None].expand(-1, -1, group_channels, -1)
+    bank_size, out_channels, group_channels, *kernel_size = weight.shape
+    area = kernel_size[0] * kernel_size[1]
+    bank = weight.reshape(bank_size, groups, out_channels // groups, group_channels * area)
+    gate = c
+    if s is not None:
+        gate = s.reshape(len(s), 1, 1, area)
+        gate = gate.expand(-1, -1, group_channels, -1) if c is None else (
+            c.view(len(c), groups, group_channels, 1) * gate)
+    elif c is not None and area > 1:
+        gate = c.view(len(c), groups, group_channels, 1).expand(-1, -1, -1, area)
     if gate is not None:
-        gate = gate.flatten(2)[:, :, None]
+        gate = gate.reshape(len(gate), -1, 1, group_channels * area)
     return bank, gate, None if f is None else f.view(len(f), groups, -1)
 
 
-def row_blocks(bank: Tensor, batch: int) -> Iterator[slice]:
+def row_blocks(bank: Tensor, batch: int) -> Sequence[slice]:
     """Slices of rows whose kernels, of so many images, are of BLOCK_BYTES.
 
     All rows if they are grouped, or elsewhere than on a CPU.
@@ -172,14 +179,18 @@ def row_blocks(bank: Tensor, batch: int) -> Iterator[slice]:
     return slices(rows, max(8, BLOCK_BYTES // (batch * columns * bank.element_size())))
 
 
-def slices(total: int, step: int) -> Iterator[slice]:
+def slices(total: int, step: int) -> Sequence[slice]:
+    if step >= total:
+        return (ALL, )
     step = max(1, step)
-    return (slice(first, min(first + step, total)) for first in range(0, total, step))
+    return [slice(first, min(first + step, total)) for first in range(0, total, step)]
 
 
-def some(attention: Optional[Tensor], images: slice) -> Optional[Tensor]:
-    """The attention of some images, if there is one."""
-    return None if attention is None else attention[images]
+def part(tensor: Optional[Tensor], images: slice, rows: slice = ALL) -> Optional[Tensor]:
+    """Images, and rows of the third axis, of a tensor if there is one; itself if that is all."""
+    if tensor is None or images is rows is ALL:
+        return tensor
+    return tensor[images] if rows is ALL else tensor[images, :, rows]
 
 
 def mix(bank: Tensor, a: Optional[Tensor], batch: int) -> Tensor:
@@ -222,8 +233,7 @@ class KernelGradients:
 
         Rows of the bank are begun with image 0 and then added to.
         """
-        gate = some(self.gate, images)
-        f = None if self.f is None else self.f[images, :, rows]
+        gate, f = part(self.gate, images), part(self.f, images, rows)
         if gate is not None or f is not None:
             product = grad * mixed
             if f is not None:
@@ -236,8 +246,8 @@ class KernelGradients:
             grad = fold(grad, gate, f, inplace=True)
         grad = grad.flatten(1)
         if self.grad_bank is not None:
-            grad_bank = self.grad_bank[:, :, rows].flatten(1)
-            a = grad.new_ones(len(grad), 1) if self.a is None else self.a[images]
+            grad_bank = part(self.grad_bank, ALL, rows).flatten(1)
+            a = grad.new_ones(len(grad), 1) if self.a is None else part(self.a, images)
             if images.start:
                 grad_bank.addmm_(a.mT, grad)
             elif len(grad) == 1:
@@ -245,7 +255,7 @@ class KernelGradients:
             else:
                 torch.mm(a.mT, grad, out=grad_bank)
         if self.a is not None:
-            self.grad_a[images].addmm_(grad, self.bank[:, :, rows].flatten(1).mT)
+            part(self.grad_a, images).addmm_(grad, part(self.bank, ALL, rows).flatten(1).mT)
 
     def of(self, weight: Tensor, s: Optional[Tensor], c: Optional[Tensor],
            f: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
