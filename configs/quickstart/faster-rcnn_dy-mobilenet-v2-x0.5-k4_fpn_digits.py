@@ -1,0 +1,9 @@
+_base_ = './faster-rcnn_mobilenet-v2-x0.5_fpn_digits.py'
+
+model = dict(backbone=dict(type='DyMobileNetV2', kernel_num=4, dynamic_convs='(layer|conv2).*'))
+
+custom_hooks = [
+    *_base_.custom_hooks,
+    # From scratch, attention starts out near-uniform, so that every kernel of a bank learns.
+    dict(type='TemperatureAnnealingHook', begin=30, end_epoch=1)
+]

@@ -1,0 +1,191 @@
+"""Trains detectors under one budget, with several seeds each, and sets their results side by side.
+
+    python compare.py CONFIG... --seeds 0 1 2 --epochs 1 --jobs 2
+
+Each config is a path or the bare name of one of the plugin's; data, iterations, optimiser and
+schedule are equal, whatever a config says of them: a linear warm-up, a constant rate and, in the
+second half, a cosine. Where a config anneals the temperature, it does so over the first third.
+
+A run that is finished is not run again and an interrupted one is resumed, so the same command
+goes on after a break, and with more configs or seeds it runs only what is new. A failed run is
+reported and does not stop the others. WORK_DIR receives compare.md, compare.json and compare.png.
+"""
+import argparse
+import concurrent.futures
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+from get_model_stats import model_stats
+from mmengine.config import Config
+from report import read_scalars
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import track
+
+matplotlib.use('Agg')
+from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
+
+from mmdet_odconv.engine.launch import find_config  # noqa: E402
+
+TRAIN = Path(__file__).parents[1] / 'train.py'
+
+
+def equal_budget(config, epochs, seed):
+    """The config, trained for so many epochs, evaluated once, with this seed."""
+    images = len(json.loads(
+        (Path(config.data_root) / config.train_dataloader.dataset.ann_file).read_text())['images'])
+    iterations = epochs * -(-images // config.train_dataloader.batch_size)
+    config.train_cfg = dict(
+        type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=epochs)
+    config.param_scheduler = [
+        dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=iterations // 10),
+        dict(type='CosineAnnealingLR', by_epoch=False, begin=iterations // 2, end=iterations,
+             T_max=iterations - iterations // 2, eta_min=1e-6)
+    ]
+    config.randomness = dict(seed=seed)
+    config.default_hooks.checkpoint.update(
+        by_epoch=False, interval=max(1, iterations // 4), max_keep_ckpts=1)
+    for hook in config.get('custom_hooks', []):
+        if hook['type'] == 'TemperatureAnnealingHook':
+            hook['end_epoch'] = epochs / 3
+    return config
+
+
+def run(path, seed, epochs, work_dir, threads):
+    """Train and evaluate one config with one seed; the result, or what went wrong."""
+    name = path.stem
+    directory = work_dir / f'{name}_seed{seed}_epochs{epochs}'
+    result_file = directory / 'result.json'
+    if result_file.is_file():
+        return json.loads(result_file.read_text())
+    result = {'config': name, 'seed': seed}
+    directory.mkdir(parents=True, exist_ok=True)
+    log = directory / 'log.txt'
+    try:
+        config = equal_budget(Config.fromfile(path), epochs, seed)
+        config.dump(directory / path.name)
+        with log.open('a') as file:
+            subprocess.run(
+                [sys.executable, str(TRAIN), str(directory / path.name), '--work-dir',
+                 str(directory), '--resume'], check=True, stdout=file, stderr=subprocess.STDOUT,
+                env={**os.environ, 'OMP_NUM_THREADS': str(threads)})
+    except (OSError, subprocess.CalledProcessError) as error:
+        last = [line for line in log.read_text().splitlines() if line] if log.is_file() else []
+        return {**result, 'error': last[-1] if last else str(error)}
+    train, val = read_scalars(directory)
+    result['map'] = val[max(val)]['coco/bbox_mAP']
+    result['seconds'] = statistics.median(record['time'] for record in train.values())
+    partial = result_file.with_suffix('.tmp')
+    partial.write_text(json.dumps(result))
+    partial.replace(result_file)
+    return result
+
+
+def summarise(results, paths):
+    """A row for each config: mean and spread of its runs' mAP, its size and its cost."""
+    rows = []
+    for path in paths:
+        runs = [r for r in results if r['config'] == path.stem and 'error' not in r]
+        if not runs:
+            continue
+        config = Config.fromfile(path)
+        stats = model_stats(config, config.image_size)
+        scores = [r['map'] for r in runs]
+        rows.append({
+            'config': path.stem, 'seeds': sorted(r['seed'] for r in runs),
+            'map': statistics.mean(scores),
+            'spread': statistics.stdev(scores) if len(scores) > 1 else None,
+            'params': stats['params'] / 1e6, 'gmadds': stats['madds'] / 1e9,
+            'seconds': statistics.median(r['seconds'] for r in runs)})
+    return rows
+
+
+def short_name(row):
+    """The backbone alone where the detector, neck and data are the same for all."""
+    return row['config'].split('_')[1]
+
+
+def markdown(rows, args, threads):
+    lines = ['| backbone | box mAP | seeds | params, M | MAdds, G | s / iteration |',
+             '| --- | --- | --- | --- | --- | --- |']
+    for row in rows:
+        spread = '' if row['spread'] is None else f' ± {row["spread"]:.3f}'
+        lines.append(f'| {short_name(row)} | {row["map"]:.3f}{spread} | '
+                     f'{", ".join(map(str, row["seeds"]))} | {row["params"]:.2f} | '
+                     f'{row["gmadds"]:.2f} | {row["seconds"]:.2f} |')
+    return '\n'.join([*lines, '', f'Whole detectors; ± is the standard deviation over seeds; '
+                      f'budget: {args.epochs} epochs; {args.jobs} runs at a time of {threads} '
+                      'threads each.', ''])
+
+
+def draw(rows, path):
+    """mAP against MAdds, a colour for each family and a panel for each static backbone."""
+    families = {'od': '#1f6fd6', 'dy': '#c2410c', 'cond': '#7c3aed', 'dcd': '#0f766e',
+                'se': '#b45309'}
+    panels = {}
+    for row in rows:
+        family, _, rest = short_name(row).partition('-')
+        host = re.sub(r'-k\d+$', '', rest if family in families else short_name(row))
+        panels.setdefault(host, []).append((families.get(family, '0.35'), row))
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.5), squeeze=False,
+                                layout='constrained')
+    for axis, (host, points) in zip(axes.flat, panels.items()):
+        # Labels in a column beside the points, spread so that none covers another.
+        points.sort(key=lambda point: point[1]['map'])
+        low, high = points[0][1]['map'], points[-1][1]['map']
+        step = max(high - low, 0.02) / max(1, len(points) - 1)
+        right = max(row['gmadds'] for _, row in points)
+        width = max(right - min(row['gmadds'] for _, row in points), 0.05 * right)
+        for i, (colour, row) in enumerate(points):
+            axis.errorbar(row['gmadds'], row['map'], row['spread'], fmt='o', color=colour,
+                          capsize=3)
+            axis.annotate(short_name(row), (row['gmadds'], row['map']),
+                          (right + 0.15 * width, low + i * step), color=colour, va='center',
+                          arrowprops=dict(arrowstyle='-', color='0.8', lw=0.6))
+        axis.set(title=host, xlabel='MAdds of the detector, G', ylabel='box mAP',
+                 xlim=(None, right + 0.9 * width))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('configs', nargs='+', metavar='CONFIG')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0])
+    parser.add_argument('--epochs', type=int, default=1, help='the budget of each run')
+    parser.add_argument('--jobs', type=int, default=1, help='runs at a time; they share the cores')
+    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/compare'))
+    args = parser.parse_args()
+    paths = [Path(config) if Path(config).is_file() else find_config(config)
+             for config in args.configs]
+    threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        runs = [pool.submit(run, path, seed, args.epochs, args.work_dir, threads)
+                for seed in args.seeds for path in paths]
+        results = [done.result() for done in track(
+            concurrent.futures.as_completed(runs), 'Runs', len(runs), Console(stderr=True))]
+    console = Console()
+    failed = [result for result in results if 'error' in result]
+    rows = summarise(results, paths)
+    if rows:
+        text = markdown(rows, args, threads)
+        (args.work_dir / 'compare.md').write_text(text)
+        (args.work_dir / 'compare.json').write_text(json.dumps(
+            {'epochs': args.epochs, 'rows': rows, 'failed': failed}, indent=1))
+        draw(rows, args.work_dir / 'compare.png')
+        console.print(Markdown(text))
+    for result in failed:
+        console.print(f'{result["config"]}, seed {result["seed"]}, failed: {result["error"]}',
+                      style='red', markup=False)
+    sys.exit(bool(failed))
+
+
+if __name__ == '__main__':
+    main()
