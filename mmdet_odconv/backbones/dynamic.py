@@ -1,11 +1,14 @@
 """The one decision that makes a static backbone dynamic: which of its convolutions are."""
 from typing import Optional
 
+from ..checkpoints import read_published_names
 from ..layers import replace_convs
 
 
 class DynamicBackbone:
     """Mixin put before a backbone of MMDetection; the subclass names its dynamic convolutions.
+
+    Released weights load as they are, by any loader: see ``checkpoints/published.py``.
 
     Args:
         *args, **kwargs: those of the backbone that is extended.
@@ -28,4 +31,5 @@ class DynamicBackbone:
         conv_cfg = {**self.dynamic_conv_cfg, 'kernel_num': kernel_num, 'reduction': reduction,
                     **(conv_cfg or {})}
         replace_convs(self, self.dynamic_convs, conv_cfg)
+        read_published_names(self)
         self._freeze_stages()  # mmdet froze the convolutions that were here before
