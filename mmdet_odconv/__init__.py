@@ -15,16 +15,29 @@ if not os.environ.get('MMDET_ODCONV_LAYERS_ONLY'):
 
     check_stack()
 
-    from .backbones import ODMobileNetV2, ODResNet, ODResNetV1d, ODResNeXt
+    from .backbones import (
+        DyMobileNetV2,
+        DyMobileNetV3,
+        DyResNet,
+        MobileNetV3,
+        ODMobileNetV2,
+        ODResNet,
+        ODResNetV1d,
+        ODResNeXt,
+        SEMobileNetV2,
+        SEResNet,
+    )
     from .checkpoints import allow_mmengine_checkpoints
     from .engine import InputCheckHook, TemperatureAnnealingHook
     from .errors import InputError
-    from .layers import ODConv2d, set_temperature
+    from .layers import CondConv2d, DCDConv2d, DyConv2d, ODConv2d, set_temperature
     from .ops import dynamic_conv2d
 
     __all__ += [
-        'InputCheckHook', 'InputError', 'ODConv2d', 'ODMobileNetV2', 'ODResNeXt', 'ODResNet',
-        'ODResNetV1d', 'TemperatureAnnealingHook', 'dynamic_conv2d', 'set_temperature'
+        'CondConv2d', 'DCDConv2d', 'DyConv2d', 'DyMobileNetV2', 'DyMobileNetV3', 'DyResNet',
+        'InputCheckHook', 'InputError', 'MobileNetV3', 'ODConv2d', 'ODMobileNetV2', 'ODResNeXt',
+        'ODResNet', 'ODResNetV1d', 'SEMobileNetV2', 'SEResNet', 'TemperatureAnnealingHook',
+        'dynamic_conv2d', 'set_temperature'
     ]
 
     allow_mmengine_checkpoints()

@@ -1,6 +1,7 @@
 """Dynamic convolution written from its formula, one image, one kernel, at a time."""
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 
 def dynamic_conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *,
@@ -29,13 +30,72 @@ def dynamic_conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups
     return torch.cat(outputs)
 
 
+def forward(layer, x):
+    """What a layer of the family computes, from its paper's equations and its parameters."""
+    padding, padded = layer.padding, x
+    if layer.padding_mode != 'zeros':
+        # nn.Conv2d pads, so that padding_mode is tested against torch's own.
+        identity = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size,
+                             layer.stride, padding, layer.dilation, layer.groups,
+                             padding_mode=layer.padding_mode)
+        padded = F.pad(x, identity._reversed_padding_repeated_twice, mode=layer.padding_mode)
+        padding = 0
+    geometry = layer.stride, padding, layer.dilation, layer.groups
+    kind = type(layer).__name__
+    if kind == 'DCDConv2d':
+        return torch.cat([
+            F.conv2d(padded[b:b + 1], kernel, layer.bias, *geometry)
+            for b, kernel in enumerate(dcd_kernels(layer, x))])
+    if kind == 'ODConv2d':
+        return dynamic_conv2d(padded, layer.weight, layer.bias, *geometry,
+                              **odconv_attentions(layer, x))
+    a = kernel_attention(layer, x)
+    output = dynamic_conv2d(padded, layer.weight, None, *geometry, kernel_attention=a)
+    if layer.bias is not None:
+        biases = [sum(a[b, i] * layer.bias[i] for i in range(a.shape[1])) for b in range(len(x))]
+        output = output + torch.stack(biases)[:, :, None, None]
+    return output
+
+
+def linear(fc, v):
+    out = v @ fc.weight.flatten(1).T
+    return out if fc.bias is None else out + fc.bias
+
+
+def kernel_attention(layer, x):
+    """DyConv, Fig. 3: GAP, FC, ReLU, FC, softmax(/ t). CondConv, eq. 2: GAP, FC, sigmoid."""
+    attention, pooled = layer.attention, x.mean((2, 3))
+    if type(layer).__name__ == 'CondConv2d':
+        return torch.sigmoid(linear(attention.kernel_fc, pooled) / layer.temperature)
+    logits = linear(attention.kernel_fc, torch.relu(linear(attention.fc, pooled)))
+    exp = torch.exp(logits / layer.temperature)
+    return exp / exp.sum(1, keepdim=True)
+
+
+def dcd_kernels(layer, x):
+    """DCD, eq. 6: Lambda W0 + P Phi Q^T for each image, element by element of the kernel."""
+    attention, w0, p, q = layer.attention, layer.weight[0], layer.p, layer.q
+    hidden = torch.relu(linear(attention.fc, x.mean((2, 3))))
+    scale = torch.clamp(linear(attention.filter_fc, hidden) / layer.temperature + 3, 0, 6) / 3
+    phi = linear(attention.fusion_fc, hidden).reshape(len(x), p.shape[1], p.shape[1])
+    out_channels, group_channels, kh, kw = w0.shape
+    for b in range(len(x)):
+        fused = torch.zeros_like(w0)
+        if layer.groups == layer.in_channels:  # the kernel's elements are fused
+            fused = fused + (p @ phi[b] @ q.T).reshape(w0.shape)
+        else:  # each group's channels are fused, at the kernel's centre
+            centre = torch.zeros(kh, kw, dtype=w0.dtype)
+            centre[kh // 2, kw // 2] = 1
+            rows = [p[o] @ phi[b] @ q[first:first + group_channels].T
+                    for o in range(out_channels)
+                    for first in [o // (out_channels // layer.groups) * group_channels]]
+            fused = fused + torch.stack(rows)[:, :, None, None] * centre
+        yield scale[b][:, None, None, None] * w0 + fused
+
+
 def odconv_attentions(layer, x):
     """ODConv's attentions, from Fig. 2 of the paper, with the parameters of an ODConv2d."""
     attention, t = layer.attention, layer.temperature
-
-    def linear(fc, v):
-        out = v @ fc.weight.flatten(1).T
-        return out if fc.bias is None else out + fc.bias
 
     hidden = linear(attention.fc, x.mean((2, 3)))
     bn = attention.bn
@@ -53,6 +113,14 @@ def odconv_attentions(layer, x):
     if attention.kernel_fc is not None:
         out['kernel_attention'] = torch.softmax(linear(attention.kernel_fc, hidden) / t, 1)
     return out
+
+
+def randomised(layer):
+    """As after training: no statistic, scale or bias at its start."""
+    for name, value in (*layer.named_parameters(), *layer.named_buffers()):
+        if value.is_floating_point():
+            value.data.normal_(std=0.5) if 'var' not in name else value.data.uniform_(0.5, 2)
+    return layer
 
 
 def assert_same_with_gradients(ours, theirs, inputs, rtol=1e-9):

@@ -107,7 +107,9 @@ def test_the_wheel_trains_by_bare_config_name_from_anywhere(tmp_path):
     mim = site / 'mmdet_odconv/.mim'
     assert not any(path.is_symlink() for path in mim.rglob('*'))
     assert (mim / 'model-index.yml').is_file() and (mim / 'tools/train.py').is_file()
-    assert len(list((mim / 'configs').glob('[a-z]*/*.py'))) == 20
+    installed, ours = ({path.name for path in root.glob('configs/[a-z]*/*.py')}
+                       for root in (mim, ROOT))
+    assert installed == ours
 
     work.mkdir()
     env = {**os.environ, 'PYTHONPATH': str(site)}

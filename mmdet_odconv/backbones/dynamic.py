@@ -1,7 +1,9 @@
 """The one decision that makes a static backbone dynamic: which of its convolutions are."""
+import re
 from typing import Optional
 
 from ..checkpoints import read_published_names
+from ..errors import InputError
 from ..layers import replace_convs
 
 
@@ -12,24 +14,41 @@ class DynamicBackbone:
 
     Args:
         *args, **kwargs: those of the backbone that is extended.
-        kernel_num: number of kernels in each bank.
-        reduction: width of the attention relative to the layer's input channels.
-        conv_cfg: another dynamic layer, or more of its arguments; stem and shortcut convolutions
-            stay static whatever it says.
+        kernel_num: number of kernels in each bank; the layer's own default where not given.
+        reduction: width of the attention relative to the layer's input channels, likewise.
+        conv_cfg: another dynamic layer, such as ``dict(type='CondConv2d')``, or more of the
+            layer's arguments; the other convolutions stay static whatever it says.
+        dynamic_convs: which convolutions are dynamic: a regular expression that their whole
+            names match; the class's own where not given.
+
+    Raises:
+        InputError: if ``dynamic_convs`` is no regular expression or matches no convolution.
+        ValueError: if ``conv_cfg`` names no dynamic convolution, or one without these arguments.
     """
 
     dynamic_conv_cfg = dict(type='ODConv2d')
-    dynamic_convs: str  # regular expression of module names
+    dynamic_convs: str
 
     def __init__(self,
                  *args,
-                 kernel_num: int = 4,
-                 reduction: float = 1 / 16,
+                 kernel_num: Optional[int] = None,
+                 reduction: Optional[float] = None,
                  conv_cfg: Optional[dict] = None,
+                 dynamic_convs: Optional[str] = None,
                  **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        conv_cfg = {**self.dynamic_conv_cfg, 'kernel_num': kernel_num, 'reduction': reduction,
-                    **(conv_cfg or {})}
-        replace_convs(self, self.dynamic_convs, conv_cfg)
+        given = dict(kernel_num=kernel_num, reduction=reduction)
+        given = {name: value for name, value in given.items() if value is not None}
+        pattern = self.dynamic_convs if dynamic_convs is None else dynamic_convs
+        try:
+            replaced = replace_convs(self, pattern,
+                                     {**self.dynamic_conv_cfg, **given, **(conv_cfg or {})})
+        except re.error as error:
+            raise InputError(f'dynamic_convs={pattern!r} is no regular expression '
+                             f'({error}).') from error
+        if not replaced:
+            raise InputError(f'dynamic_convs={pattern!r} matches the name of no convolution of '
+                             f'{type(self).__name__}: give a regular expression for whole names, '
+                             f'such as {self.dynamic_convs!r}.')
         read_published_names(self)
-        self._freeze_stages()  # mmdet froze the convolutions that were here before
+        self._freeze_stages()  # the backbone froze the convolutions that were here before

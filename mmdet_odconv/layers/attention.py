@@ -1,4 +1,6 @@
 """What the attentions of several layers are made of."""
+from typing import Dict, Optional
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,3 +42,47 @@ class PooledLinear(nn.Module):
     def extra_repr(self) -> str:
         text = f'{self.in_channels}, {self.out_channels}'
         return text if self.bias is not None else text + ', bias=False'
+
+
+def hidden_channels(in_channels: int, reduction: float, at_least: int) -> int:
+    """Width of an attention's hidden layer; ValueError if reduction is not in (0, 1]."""
+    if not 0 < reduction <= 1:
+        raise ValueError(f'reduction must be in (0, 1], got {reduction}')
+    return max(int(in_channels * reduction), at_least)
+
+
+class KernelAttention(nn.Module):
+    """Attention over the kernels of a bank and nothing else, from the pooled input.
+
+    Pool -> (fc -> ReLU ->) kernel_fc -> gate, where DyConv and CondConv differ in the hidden layer
+    and in the gate.
+
+    Args:
+        in_channels: Cin.
+        kernel_num: size n of the bank.
+        hidden_channels: width of the hidden layer; ``None`` for none.
+        gate: 'softmax' over the bank, or 'sigmoid' of each logit.
+    """
+
+    def __init__(self, in_channels: int, kernel_num: int, hidden_channels: Optional[int],
+                 gate: str) -> None:
+        super().__init__()
+        self.fc = None
+        if hidden_channels is not None:
+            self.fc = PooledLinear(in_channels, hidden_channels)
+        self.kernel_fc = PooledLinear(hidden_channels or in_channels, kernel_num)
+        self.gate = gate
+
+    def reset_parameters(self) -> None:
+        """As when constructed, each of its layers by its own rule."""
+        for module in self.children():
+            module.reset_parameters()
+
+    def forward(self, x: Tensor, temperature: float) -> Dict[str, Tensor]:
+        """Kernel attention of x, (B, Cin, H, W), as ``dynamic_conv2d`` takes it."""
+        hidden = F.adaptive_avg_pool2d(x, 1).flatten(1)
+        if self.fc is not None:
+            hidden = F.relu(self.fc(hidden))
+        logits = self.kernel_fc(hidden) / temperature
+        return dict(kernel_attention=logits.softmax(1) if self.gate == 'softmax' else
+                    logits.sigmoid())

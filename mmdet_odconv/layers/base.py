@@ -15,7 +15,8 @@ class DynamicConv2d(nn.Module):
     """Convolution whose kernel is mixed, for each image, from a bank by attention.
 
     A subclass sets ``self.attention``, a module that maps the input (B, Cin, H, W) and the
-    temperature to the attentions that :func:`~mmdet_odconv.ops.dynamic_conv2d` takes.
+    temperature to the attentions that :func:`~mmdet_odconv.ops.dynamic_conv2d` takes; and
+    ``mixes_bias`` where the paper mixes the bias, too, from a bank, (n, Cout).
 
     It is deliberately no subclass of :class:`torch.nn.Conv2d`: code that initialises, fuses or
     quantises by that class would misread the 5-D bank.
@@ -33,6 +34,8 @@ class DynamicConv2d(nn.Module):
     # What mmcv's ConvModule reads from any convolution that it wraps.
     transposed = False
     output_padding = (0, 0)
+
+    mixes_bias = False
 
     def __init__(self,
                  in_channels: int,
@@ -72,7 +75,8 @@ class DynamicConv2d(nn.Module):
         self.weight = nn.Parameter(
             torch.empty(kernel_num, *conv.weight.shape, device=device, dtype=dtype))
         if bias:
-            self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
+            shape = (kernel_num, out_channels) if self.mixes_bias else (out_channels,)
+            self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         else:
             self.register_parameter('bias', None)
         self.reset_parameters()
@@ -98,6 +102,7 @@ class DynamicConv2d(nn.Module):
     def init_weights(self) -> None:
         """Called by MMEngine in place of an initialiser that would misread the 5-D bank."""
         self.reset_parameters()
+        self.attention.reset_parameters()
 
     def _apply(self, fn, *args, **kwargs):
         """Show ``fn`` the bank as one 4-D kernel: .to(memory_format=channels_last) knows no 5-D."""
@@ -132,8 +137,16 @@ class DynamicConv2d(nn.Module):
         if self.padding_mode != 'zeros':
             x = F.pad(x, self._pad_widths, mode=self.padding_mode)
             padding = 0
-        return dynamic_conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation,
-                              self.groups, **attentions)
+        return self.convolve(x, padding, **attentions)
+
+    def convolve(self, x: Tensor, padding, **attentions: Tensor) -> Tensor:
+        """Convolve x, which needs zero padding at most, with the kernels of its attentions."""
+        output = dynamic_conv2d(x, self.weight, None if self.mixes_bias else self.bias,
+                                self.stride, padding, self.dilation, self.groups, **attentions)
+        if self.mixes_bias and self.bias is not None:
+            bias = attentions['kernel_attention'].to(self.bias.dtype) @ self.bias
+            output = output + bias.to(output.dtype)[:, :, None, None]
+        return output
 
     def extra_repr(self) -> str:
         """Arguments that differ from their defaults, as nn.Conv2d prints them."""

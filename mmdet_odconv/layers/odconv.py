@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from .attention import PooledLinear
+from .attention import PooledLinear, hidden_channels
 from .base import DynamicConv2d
 
 MIN_HIDDEN_CHANNELS = 16
@@ -60,10 +60,6 @@ class ODConv2d(DynamicConv2d):
                                      kernel_num, reduction, norm_cfg)
         self.attention.to(device=device, dtype=dtype)
 
-    def init_weights(self) -> None:
-        super().init_weights()
-        self.attention.reset_parameters()
-
 
 class ODAttention(nn.Module):
     """The four attentions of ODConv, from one pooled read of the input (Fig. 2 of the paper).
@@ -78,10 +74,8 @@ class ODAttention(nn.Module):
                  groups: int, kernel_num: int, reduction: float,
                  norm_cfg: Optional[dict]) -> None:
         super().__init__()
-        if not 0 < reduction <= 1:
-            raise ValueError(f'reduction must be in (0, 1], got {reduction}')
         self.kernel_size = kernel_size
-        hidden = max(int(in_channels * reduction), MIN_HIDDEN_CHANNELS)
+        hidden = hidden_channels(in_channels, reduction, MIN_HIDDEN_CHANNELS)
         depthwise = groups == in_channels == out_channels
         self.fc = PooledLinear(in_channels, hidden, bias=False)
         self.bn = build_pooled_norm(norm_cfg or dict(type='BN'), hidden)

@@ -1,4 +1,5 @@
 """Static convolutions of a model that exists already, replaced by dynamic ones."""
+import inspect
 import re
 from typing import List
 
@@ -21,13 +22,16 @@ def replace_convs(model: nn.Module, pattern: str, conv_cfg: dict) -> List[str]:
         The names of the convolutions replaced.
 
     Raises:
-        ValueError: if ``conv_cfg`` names no dynamic convolution.
+        ValueError: if ``conv_cfg`` names no dynamic convolution, or an argument it has not.
     """
     conv_cfg = dict(conv_cfg)
     kind = conv_cfg.pop('type', None)
     layer = kind if isinstance(kind, type) else MODELS.get(str(kind))
     if layer is None or not issubclass(layer, DynamicConv2d):
         raise ValueError(f'conv_cfg must name a dynamic convolution such as ODConv2d, got {kind!r}')
+    unknown = sorted(conv_cfg.keys() - inspect.signature(layer).parameters.keys())
+    if unknown:
+        raise ValueError(f'{layer.__name__} has no argument {", ".join(unknown)}: leave it out.')
     # Exactly nn.Conv2d: a subclass, such as a deformable convolution, has a reason to be there.
     names = [
         name for name, module in model.named_modules()

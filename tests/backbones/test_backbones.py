@@ -8,12 +8,28 @@ from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.registry import MODELS
 from torch import nn
 
-from mmdet_odconv import ODConv2d, ODMobileNetV2, ODResNet, ODResNetV1d, ODResNeXt
-from mmdet_odconv.layers import replace_convs
+from mmdet_odconv import (
+    CondConv2d,
+    DCDConv2d,
+    DyConv2d,
+    DyMobileNetV2,
+    DyMobileNetV3,
+    DyResNet,
+    InputError,
+    MobileNetV3,
+    ODConv2d,
+    ODMobileNetV2,
+    ODResNet,
+    ODResNetV1d,
+    ODResNeXt,
+    SEMobileNetV2,
+    SEResNet,
+)
+from mmdet_odconv.layers import DynamicConv2d, replace_convs
 
 
 def kinds(model):
-    dynamic = {name for name, m in model.named_modules() if isinstance(m, ODConv2d)}
+    dynamic = {name for name, m in model.named_modules() if isinstance(m, DynamicConv2d)}
     static = {name for name, m in model.named_modules()
               if type(m) is nn.Conv2d and '.attention.' not in name}
     return dynamic, static
@@ -46,7 +62,10 @@ def test_parameters_equal_the_published(data, row):
 def test_registered_in_the_root_registry_and_seen_by_mmdet():
     for name, cls in dict(ODResNet=ODResNet, OD_ResNet=ODResNet, ODResNetV1d=ODResNetV1d,
                           ODResNeXt=ODResNeXt, ODMobileNetV2=ODMobileNetV2,
-                          OD_MobileNetV2=ODMobileNetV2).items():
+                          OD_MobileNetV2=ODMobileNetV2, DyResNet=DyResNet,
+                          DyMobileNetV2=DyMobileNetV2, DyMobileNetV3=DyMobileNetV3,
+                          MobileNetV3=MobileNetV3, SEResNet=SEResNet,
+                          SEMobileNetV2=SEMobileNetV2).items():
         assert MODELS.get(name) is cls and MMDET_MODELS.get(name) is cls
 
 
@@ -76,11 +95,20 @@ def test_every_body_convolution_is_dynamic_and_nothing_else_changes(cls, base, a
     assert [y.shape for y in model(x)] == [y.shape for y in static_model(x)]
 
 
-@pytest.mark.parametrize('depth', [18, 34, 50, 101, 152])
+@pytest.mark.parametrize('depth', [10, 18, 34, 50, 101, 152])
 def test_every_depth_builds(depth):
     with torch.device('meta'):
-        assert len(kinds(ODResNet(depth, kernel_num=1))[0]) == {
-            18: 16, 34: 32, 50: 48, 101: 99, 152: 150}[depth]
+        body, paper, every, se = (
+            len(kinds(model)[i]) for model, i in (
+                (ODResNet(depth), 0), (DyResNet(depth), 0),
+                (DyResNet(depth, dynamic_convs='layer.*'), 0), (SEResNet(depth), 1)))
+    expected = {10: 8, 18: 16, 34: 32, 50: 48, 101: 99, 152: 150}[depth]
+    shortcuts = 3 if depth < 50 else 4
+    first_two_stages = {10: 4, 18: 8, 34: 14, 50: 21, 101: 21, 152: 33}[depth]
+    assert body == expected and every == expected + shortcuts
+    assert paper == expected - first_two_stages
+    blocks = expected // (2 if depth < 50 else 3)
+    assert se == 1 + expected + shortcuts + 2 * blocks
 
 
 def test_arguments_of_the_extended_backbone():
@@ -181,3 +209,141 @@ def test_channels_last_backbone():
     model.to(memory_format=torch.channels_last)
     for ours, theirs in zip(model(x.to(memory_format=torch.channels_last)), expected):
         torch.testing.assert_close(ours, theirs)
+
+
+def millions(model, *classifier):
+    """Parameters of a backbone and of a classifier's fully connected layers, in millions."""
+    heads = sum((a + 1) * b for a, b in zip(classifier, classifier[1:]))
+    return (sum(p.numel() for p in model.parameters()) + heads) / 1e6
+
+
+def build_dyconv(name):
+    """A row of the DyConv paper's table -> the backbone and its classifier's channels."""
+    family, _, width = name[len('DY-'):].partition(' ')
+    if family == 'MobileNetV2':
+        return DyMobileNetV2(float(width[:-1])), (1280, 1000)
+    if family == 'MobileNetV3-Small':
+        return DyMobileNetV3('small'), (576, 1280, 1000)
+    return DyResNet(int(family[len('ResNet-'):])), (512, 1000)
+
+
+@pytest.mark.parametrize('name', [
+    *(f'DY-MobileNetV2 {w}x' for w in ('1.0', '0.75', '0.5', '0.35')),
+    'DY-MobileNetV3-Small', 'DY-ResNet-10', 'DY-ResNet-18'])
+def test_dyconv_parameters_are_within_two_percent_of_the_published(data, name):
+    rows = yaml.safe_load((data / 'published.yml').read_text())['dyconv_imagenet']
+    expected, = (row['params'] for row in rows if row['model'] == name)
+    with torch.device('meta'):
+        model, classifier = build_dyconv(name)
+    assert millions(model, *classifier) == pytest.approx(
+        expected, rel=0.05 if '0.35' in name else 0.02)
+
+
+def test_dyconv_parameters_as_the_odconv_paper_counts_them():
+    with torch.device('meta'):
+        mobilenet = DyMobileNetV2(dynamic_convs='(layer|conv2).*')
+        resnet = DyResNet(18, dynamic_convs='layer.*')
+    assert round(millions(mobilenet, 1280, 1000), 2) == 12.40
+    assert round(millions(resnet, 512, 1000), 2) == 45.47
+
+
+@pytest.mark.parametrize(('model', 'classifier', 'expected'), [
+    (lambda: MobileNetV3('small'), (576, 1024, 1000), '2.542856'),  # torchvision's counts
+    (lambda: MobileNetV3('large'), (960, 1280, 1000), '5.483032'),
+    (lambda: MobileNetV3('small_v1'), (576, 1280, 1000), '2.9'),  # the paper's first version
+    (lambda: SEResNet(50), (2048, 1000), '28.1')])  # SE-ResNet-50 of the SENet paper
+def test_parameters_of_the_static_baselines(model, classifier, expected):
+    digits = len(expected.partition('.')[2])
+    with torch.device('meta'):
+        assert f'{millions(model(), *classifier):.{digits}f}' == expected
+
+
+@pytest.mark.parametrize(('cls', 'arguments', 'static'), [
+    (DyResNet, dict(depth=18), r'conv1|layer[12].*|.*downsample.*'),
+    (DyResNet, dict(depth=50, dynamic_convs='layer.*'), 'conv1'),
+    (DyMobileNetV2, dict(widen_factor=0.35), r'conv[12]\.conv'),
+    (DyMobileNetV2, dict(dynamic_convs='(layer|conv2).*'), r'conv1\.conv'),
+    (DyMobileNetV3, {}, r'layer0\.conv|.*\.se\..*'),
+    (DyMobileNetV3, dict(arch='large'), r'layer0\.conv|.*\.se\..*')])
+def test_which_convolutions_of_dyconv_are_dynamic(cls, arguments, static):
+    with torch.device('meta'):
+        dynamic, others = kinds(cls(**arguments))
+    assert others and all(re.fullmatch(static, name) for name in others)
+    assert dynamic and not any(re.fullmatch(static, name) for name in dynamic)
+
+
+@pytest.mark.parametrize('cls', [ODResNet, DyResNet])
+@pytest.mark.parametrize(('layer', 'bank'), [
+    (ODConv2d, 4), (DyConv2d, 4), (CondConv2d, 8), (DCDConv2d, 1)])
+def test_any_layer_in_any_backbone_with_its_own_defaults(cls, layer, bank):
+    with torch.device('meta'):
+        model = cls(18, conv_cfg=dict(type=layer.__name__))
+    conv = model.layer4[0].conv2
+    assert type(conv) is layer and conv.kernel_num == bank
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    (dict(dynamic_convs='layer1'), "'layer1' matches the name of no convolution of DyResNet"),
+    (dict(dynamic_convs='layer('), r"'layer\(' is no regular expression"),
+    (dict(conv_cfg=dict(type='CondConv2d'), reduction=0.5), 'CondConv2d has no argument reduction'),
+    (dict(conv_cfg=dict(type='DCDConv2d'), kernel_num=4), 'DCDConv2d has no argument kernel_num')])
+def test_bad_choices_of_dynamic_convolutions(arguments, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        DyResNet(18, **arguments)
+    assert isinstance(caught.value, InputError) == ('dynamic_convs' in arguments)
+
+
+@pytest.mark.parametrize(('arch', 'dynamic', 'channels'), [
+    ('small', False, [16, 24, 48, 576]), ('large', False, [24, 40, 112, 960]),
+    ('small', True, [16, 40, 48, 576])])
+def test_mobilenet_v3_returns_strides_4_to_32(arch, dynamic, channels):
+    model = (DyMobileNetV3 if dynamic else MobileNetV3)(arch)
+    model.init_weights()
+    outputs = model.train()(torch.randn(2, 3, 64, 64))
+    assert [y.shape[1:] for y in outputs] == [
+        (c, 64 // s, 64 // s) for c, s in zip(channels, (4, 8, 16, 32))]
+    sum(y.sum() for y in outputs).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_mobilenet_v3_arguments():
+    model = MobileNetV3('large', out_indices=(0, 16), frozen_stages=1, norm_eval=True,
+                        with_cp=True).train()
+    assert [y.shape[1] for y in model(torch.randn(1, 3, 32, 32))] == [16, 960]
+    for name, p in model.named_parameters():
+        assert p.requires_grad == (not name.startswith(('layer0.', 'layer1.')))
+    assert not any(m.training for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    for arguments, message in (
+            (dict(arch='tiny'), "arch must be one of .*'small'.*, got 'tiny'"),
+            (dict(out_indices=(13,)), r'out_indices must be from 0 to 12, got \(13,\)'),
+            (dict(frozen_stages=13), 'frozen_stages must be from -1 to 12, got 13')):
+        with pytest.raises(ValueError, match=message):
+            MobileNetV3(**arguments)
+
+
+@pytest.mark.parametrize(('se', 'static'), [
+    (lambda: SEResNet(18), lambda: ResNet(18)), (lambda: SEResNet(50), lambda: ResNet(50)),
+    (lambda: SEMobileNetV2(0.5), lambda: MobileNetV2(0.5))])
+def test_se_gates_the_static_backbone_and_loads_its_weights(se, static):
+    se, static = se().double(), static().double()
+    se.eval()
+    static.eval()
+    missing, unexpected = se.load_state_dict(static.state_dict(), strict=False)
+    assert missing and all('.se' in name for name in missing) and not unexpected
+    # Gates that stand wide open leave the static network.
+    for name, p in se.named_parameters():
+        if '.se' in name:
+            nn.init.constant_(p, 40 if name.endswith('conv2.conv.bias') else 0)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    for ours, expected in zip(se(x), static(x)):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_se_resnet_keeps_zero_init_residual_and_checkpointing():
+    model = SEResNet(18, with_cp=True)
+    model.init_weights()
+    assert model.layer2[1].bn2.weight.abs().max() == 0
+    assert model.layer2[1].se_layer.conv1.conv.weight.abs().max() > 0
+    model.train()
+    sum(y.sum() for y in model(torch.randn(2, 3, 64, 64, requires_grad=True))).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []

@@ -1,5 +1,6 @@
 """Every supplied config builds, trains a step and predicts, on small random images."""
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from mmdet_odconv.layers import DynamicConv2d
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 NAMES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob('[a-z]*/*.py'))
+FAMILY = [name for name in NAMES if name.startswith(('condconv/', 'dcd/', 'dyconv/', 'se/'))]
 ODCONV = [name for name in NAMES if name.startswith('odconv/')]
 
 
@@ -33,7 +35,7 @@ def build(name):
 
 
 def test_every_config_name_is_unique():
-    assert len({Path(name).name for name in NAMES}) == len(NAMES) == 20
+    assert NAMES and len({Path(name).name for name in NAMES}) == len(NAMES)
 
 
 def test_the_model_index_names_every_config_once():
@@ -64,10 +66,21 @@ def test_metafile_results_are_the_published(data):
     assert stated == published
 
 
+@pytest.mark.parametrize('folder', sorted({Path(name).parent.name for name in NAMES}))
+def test_metafiles_state_the_parameters_that_the_configs_have(folder):
+    metafile = yaml.safe_load((CONFIGS / folder / 'metafile.yml').read_text())
+    for stated in metafile['Models']:
+        if 'Parameters' in stated['Metadata']:
+            with torch.device('meta'):
+                model = MODELS.build(Config.fromfile(CONFIGS.parent / stated['Config']).model)
+            assert sum(p.numel() for p in model.parameters()) == pytest.approx(
+                stated['Metadata']['Parameters'], abs=10_000), stated['Name']
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_trains_with_no_parameter_left_out_and_predicts(name):
     model = build(name)
-    is_dynamic = '_mobilenet-v2' not in name
+    is_dynamic = '_mobilenet-v2' not in name and not name.startswith('se/')
     assert any(isinstance(m, DynamicConv2d) for m in model.modules()) == is_dynamic
     model.train()
     data = demo_mm_inputs(2, [(3, 64, 64)] * 2, num_classes=10, with_mask='mask-rcnn' in name)
@@ -77,7 +90,7 @@ def test_trains_with_no_parameter_left_out_and_predicts(name):
     total.backward()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert [n for n, p in trained.items() if p.grad is None] == []
-    dynamic = [p.grad for n, p in trained.items() if n.endswith('attention.fc.weight')]
+    dynamic = [p.grad for n, p in trained.items() if re.search(r'attention\.\w*fc\.weight', n)]
     assert bool(dynamic) == is_dynamic and all(grad.isfinite().all() for grad in dynamic)
     model.eval()
     with torch.no_grad():
@@ -119,7 +132,7 @@ def test_parameters_equal_the_published(data, name):
         assert round(count, 2) == expected
 
 
-@pytest.mark.parametrize('name', ODCONV)
+@pytest.mark.parametrize('name', [*ODCONV, *FAMILY])
 def test_schedule_is_the_published_one(name):
     config = Config.fromfile(CONFIGS / name)
     assert config.train_cfg.max_epochs == 12 and config.train_dataloader.batch_size == 2
@@ -127,6 +140,6 @@ def test_schedule_is_the_published_one(name):
     assert config.auto_scale_lr.base_batch_size == 16
     backbone = config.model.backbone
     assert backbone.frozen_stages == 1 and backbone.norm_eval is True
-    if 'mobilenet' in name:
+    if 'mobilenet-v2' in name:
         assert backbone.out_indices == (1, 2, 4, 7)
         assert config.model.neck.in_channels == [24, 32, 96, 1280]

@@ -1,0 +1,155 @@
+"""DCD: Revisiting Dynamic Convolution via Matrix Decomposition, Li et al., ICLR 2021.
+
+https://arxiv.org/abs/2103.08756
+"""
+import math
+from typing import Dict, Tuple
+
+import torch
+import torch.nn.functional as F
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from ..ops import dynamic_conv2d
+from .attention import PooledLinear, hidden_channels
+from .base import DynamicConv2d
+
+MIN_HIDDEN_CHANNELS = 4
+
+
+@MODELS.register_module()
+class DCDConv2d(DynamicConv2d):
+    r"""Static kernel with dynamic channel-wise attention and channel fusion (eq. 6 of the paper).
+
+    .. math:: W(x) = \Lambda(x) W_0 + P \Phi(x) Q^T
+
+    Lambda scales the Cout rows of the static kernel; Phi, (L, L), fuses the channels in a latent
+    space of width L = C / 2^floor(log2(sqrt(C))), C the fewer of Cin and Cout. Of a larger kernel
+    the fused term is the centre element, the paper's R = [.., 0, 1, 0, ..]. A depthwise kernel has
+    no channels to fuse: there it is its elements, L = floor(kh * kw / 2), that Phi fuses. With
+    other groups each group's channels are fused, all by the same Phi.
+
+    There is no bank: ``weight`` is W0, (1, Cout, Cin / groups, kh, kw), so that every layer of the
+    family stores its static kernels alike. Before training Lambda is 1 and Phi 0: the layer is W0.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device, dtype: as in :class:`torch.nn.Conv2d`.
+        reduction: the attention's hidden width is max(int(Cin * reduction), 4); in (0, 1].
+        temperature: divides the logits of Lambda, as in the other layers; > 0. The paper has
+            none, which is 1.0.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(self,
+                 in_channels: int,
+                 out_channels: int,
+                 kernel_size,
+                 stride=1,
+                 padding=0,
+                 dilation=1,
+                 groups: int = 1,
+                 bias: bool = True,
+                 padding_mode: str = 'zeros',
+                 device=None,
+                 dtype=None,
+                 *,
+                 reduction: float = 1 / 16,
+                 temperature: float = 1.0) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
+                         bias, padding_mode, device, dtype, kernel_num=1, temperature=temperature)
+        self.fuses_elements = groups == in_channels
+        if self.fuses_elements:
+            fused = math.prod(self.kernel_size)
+            latent = max(fused // 2, 1)
+        else:
+            fused, latent = in_channels, latent_width(min(in_channels, out_channels) // groups)
+        self.p = nn.Parameter(torch.empty(out_channels, latent, device=device, dtype=dtype))
+        self.q = nn.Parameter(torch.empty(fused, latent, device=device, dtype=dtype))
+        hidden = hidden_channels(in_channels, reduction, MIN_HIDDEN_CHANNELS)
+        self.attention = DCDAttention(in_channels, out_channels, hidden, latent)
+        self.attention.to(device=device, dtype=dtype)
+        self.reset_fusion()
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        self.reset_fusion()
+
+    def reset_fusion(self) -> None:
+        """Initialise P and Q so that Phi alone sets the scale of the fused term."""
+        fan_in = len(self.q) if self.fuses_elements else len(self.q) // self.groups
+        nn.init.normal_(self.q, std=fan_in**-0.5)
+        nn.init.normal_(self.p, std=self.p.shape[1]**-0.5)
+
+    def convolve(self, x: Tensor, padding, *, fusion: Tensor, filter_attention: Tensor) -> Tensor:
+        if not self.fuses_elements:
+            static = super().convolve(x, padding, filter_attention=filter_attention)
+            return self._add_fused_channels(static, x, fusion)
+        if len(x) == 0:  # and no kernel; yet every parameter must stay in the graph
+            static = super().convolve(x, padding, filter_attention=filter_attention)
+            return static + (fusion.sum() + self.p.sum() + self.q.sum())
+        kernels = filter_attention[:, :, None, None, None] * self.weight
+        kernels = kernels + (self.p @ fusion @ self.q.T).view_as(kernels)
+        output = dynamic_conv2d(x.reshape(1, -1, *x.shape[2:]), kernels.flatten(0, 1)[None], None,
+                                self.stride, padding, self.dilation, len(x) * self.groups)
+        output = output.view(len(x), -1, *output.shape[2:])
+        return output if self.bias is None else output + self.bias.to(output.dtype)[:, None, None]
+
+    def _add_fused_channels(self, static: Tensor, x: Tensor, fusion: Tensor) -> Tensor:
+        """static + P Phi Q^T x on the maps, where it is cheaper than P Phi Q^T in the kernels."""
+        batch, groups, latent = len(x), self.groups, self.p.shape[1]
+        squeeze = self.q.view(groups, -1, latent).mT.reshape(groups * latent, -1, 1, 1)
+        z = F.conv2d(self._centres(x, static.shape[2:]), squeeze, None, self.stride, groups=groups)
+        expand = self.p.view(groups, -1, latent) @ fusion[:, None]
+        pixels = math.prod(static.shape[2:])
+        output = torch.baddbmm(
+            static.reshape(batch * groups, len(self.p) // groups, pixels), expand.flatten(0, 1),
+            z.reshape(batch * groups, latent, pixels))
+        return output.view(static.shape)
+
+    def _centres(self, x: Tensor, size: Tuple[int, int]) -> Tensor:
+        """x cut or padded so that a 1x1 convolution of the stride reads the kernel's centres."""
+        widths = []
+        for axis in (1, 0):
+            before = self._pad_widths[2 - 2 * axis] if self.padding_mode == 'zeros' else 0
+            first = self.dilation[axis] * (self.kernel_size[axis] // 2) - before
+            end = first + (size[axis] - 1) * self.stride[axis] + 1
+            widths += [-first, end - x.shape[2 + axis]]
+        return F.pad(x, widths) if any(widths) else x
+
+
+class DCDAttention(nn.Module):
+    """The dynamic branch of DCD (Fig. 2 of the paper): Lambda and Phi from the pooled input.
+
+    Pool -> fc -> ReLU -> one fc each. Lambda's activation, relu6(v + 3) / 3, is the release's;
+    Phi is linear.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, hidden: int, latent: int) -> None:
+        super().__init__()
+        self.fc = PooledLinear(in_channels, hidden, bias=False)
+        self.filter_fc = PooledLinear(hidden, out_channels)
+        self.fusion_fc = PooledLinear(hidden, latent * latent)
+        self.latent = latent
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Begin at Lambda = 1 and Phi = 0."""
+        for module in self.children():
+            module.reset_parameters()
+        nn.init.zeros_(self.filter_fc.weight)
+        nn.init.zeros_(self.fusion_fc.weight)
+
+    def forward(self, x: Tensor, temperature: float) -> Dict[str, Tensor]:
+        """Lambda, (B, Cout), and Phi, (B, L, L), of x, (B, Cin, H, W)."""
+        hidden = F.relu(self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1)))
+        scale = F.relu6(self.filter_fc(hidden) / temperature + 3) / 3
+        fusion = self.fusion_fc(hidden).unflatten(1, (self.latent, self.latent))
+        return dict(filter_attention=scale, fusion=fusion)
+
+
+def latent_width(channels: int) -> int:
+    """L = C / 2^floor(log2(sqrt(C))), the paper's default: between sqrt(C) and 2 sqrt(C)."""
+    return channels // 2**math.floor(math.log2(math.sqrt(channels)))

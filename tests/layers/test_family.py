@@ -1,0 +1,295 @@
+"""What every layer of the family does: the equations of its paper, and nn.Conv2d's conveniences."""
+import copy
+import inspect
+import pickle
+import warnings
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mmengine.registry import MODELS
+from reference import randomised
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from mmdet_odconv import CondConv2d, DCDConv2d, DyConv2d, InputError, ODConv2d, set_temperature
+from mmdet_odconv.ops import force_plan
+
+LAYERS = [ODConv2d, DyConv2d, CondConv2d, DCDConv2d]
+BANKED = [ODConv2d, DyConv2d, CondConv2d]
+every_layer = pytest.mark.parametrize('cls', LAYERS)
+
+
+def has(cls, argument):
+    return argument in inspect.signature(cls).parameters
+
+
+@st.composite
+def layers(draw, cls):
+    small = st.integers(1, 3)
+    groups = draw(small)
+    cin, cout = groups * draw(small), groups * draw(small)
+    kernel = draw(st.tuples(small, small))
+    padding = draw(st.one_of(st.tuples(st.integers(0, 2), st.integers(0, 2)),
+                             st.sampled_from(['same', 'valid'])))
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    own = dict(kernel_num=draw(small), reduction=draw(st.floats(0.01, 1)))
+    layer = cls(
+        cin, cout, kernel, (1, 1) if padding == 'same' else draw(st.tuples(small, small)), padding,
+        draw(st.tuples(st.integers(1, 2), st.integers(1, 2))), groups, draw(st.booleans()),
+        draw(st.sampled_from(['zeros', 'reflect', 'replicate', 'circular'])),
+        dtype=torch.float64, temperature=draw(st.floats(0.5, 30)),
+        **{name: value for name, value in own.items() if has(cls, name)})
+    x = torch.randn(draw(small), cin, *(draw(st.integers(5, 9)) for _ in range(2)),
+                    dtype=torch.float64)
+    return randomised(layer).train(draw(st.booleans())), x.requires_grad_()
+
+
+@every_layer
+@settings(max_examples=100, deadline=None)
+@given(drawn=st.data())
+def test_equals_the_equations_and_every_gradient(cls, drawn):
+    layer, x = drawn.draw(layers(cls))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # batches of one image
+        ours = layer(x)
+    reference.assert_same_with_gradients(ours, reference.forward(layer, x),
+                                         dict(x=x, **dict(layer.named_parameters())))
+
+
+@every_layer
+def test_registered_in_the_root_registry_and_built_by_mmcv(cls):
+    from mmcv.cnn import ConvModule
+    assert MODELS.get(cls.__name__) is cls
+    module = ConvModule(8, 12, 3, padding=1, norm_cfg=dict(type='BN'),
+                        conv_cfg=dict(type=cls.__name__))
+    bank = module.conv.weight
+    assert bank.shape[1:] == (12, 8, 3, 3)
+    # mmcv's initialiser would take the bank's first axis for the output channels.
+    module.init_weights()
+    assert bank.std().item() == pytest.approx((2 / (12 * 9))**0.5, rel=0.1)
+    assert module(torch.randn(2, 8, 6, 6)).shape == (2, 12, 6, 6)
+
+
+@pytest.mark.parametrize(('cls', 'default'), [
+    (ODConv2d, dict(kernel_num=4, reduction=1 / 16)), (CondConv2d, dict(kernel_num=8)),
+    (DyConv2d, dict(kernel_num=4, reduction=1 / 4)), (DCDConv2d, dict(reduction=1 / 16))])
+def test_constructor_is_that_of_conv2d_and_the_papers_defaults(cls, default):
+    conv, ours = (inspect.signature(c).parameters for c in (nn.Conv2d, cls))
+    positional = [p for p in ours.values() if p.kind is not p.KEYWORD_ONLY]
+    assert [(p.name, p.default) for p in positional] == [
+        (p.name, p.default) for p in conv.values()]
+    keywords = {name: p.default for name, p in ours.items() if name not in conv}
+    keywords.pop('norm_cfg', None)
+    assert keywords == dict(temperature=1.0, **default)
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    (dict(kernel_num=0), 'kernel_num must be at least 1, got 0'),
+    (dict(reduction=0), r'reduction must be in \(0, 1\], got 0'),
+    (dict(reduction=1.5), r'reduction must be in \(0, 1\], got 1.5'),
+    (dict(temperature=0), 'temperature must be greater than 0, got 0'),
+    (dict(temperature=float('nan')), 'temperature must be greater than 0, got nan'),
+    (dict(groups=3), 'divisible by groups, got 8 and 12 with groups=3'),
+    (dict(groups=0), 'divisible by groups, got 8 and 12 with groups=0'),
+    (dict(padding_mode='mirror'), "padding_mode must be one of .* padding_mode='mirror'"),
+    (dict(padding='full'), "Invalid padding string 'full', should be one of"),
+    (dict(padding='same', stride=2), "padding='same' is not supported for strided"),
+])
+@every_layer
+def test_bad_arguments(cls, arguments, message):
+    if all(has(cls, name) for name in arguments):
+        with pytest.raises(ValueError, match=message):
+            cls(8, 12, 3, **arguments)
+
+
+@every_layer
+@pytest.mark.parametrize('shape', [(8, 5, 5), (2, 4, 5, 5), (2, 8, 5), (1, 2, 8, 5, 5)])
+def test_bad_input(cls, shape):
+    expected = rf'{cls.__name__} expects an input of shape \(B, 8, H, W\), got'
+    with pytest.raises(ValueError, match=expected):
+        cls(8, 12, 3)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize('groups', [1, 2, 8])
+@every_layer
+def test_empty_batch_leaves_no_parameter_without_gradient(cls, groups):
+    layer = cls(8, 16, 3, padding=1, groups=groups).train()
+    before = copy.deepcopy(dict(layer.named_buffers()))
+    y = layer(torch.randn(0, 8, 5, 5))
+    assert y.shape == (0, 16, 5, 5)
+    y.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
+    for name, value in layer.named_buffers():
+        torch.testing.assert_close(value, before[name])
+
+
+@pytest.mark.parametrize('groups', [1, 16])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@every_layer
+def test_autocast(cls, dtype, groups):
+    layer = randomised(cls(16, 16, 3, padding=1, groups=groups)).eval()
+    x = torch.randn(2, 16, 8, 8, requires_grad=True)
+    with torch.autocast('cpu', dtype):
+        y = layer(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), layer(x), rtol=0.1, atol=0.02 * y.abs().max().item())
+    y.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+@every_layer
+def test_dtypes(cls, dtype):
+    layer = cls(8, 12, 3, dtype=dtype)
+    assert layer(torch.randn(2, 8, 5, 5, dtype=dtype)).dtype == dtype
+    assert {p.dtype for p in layer.parameters()} == {dtype}
+
+
+@every_layer
+def test_channels_last(cls):
+    layer = randomised(cls(8, 12, 3).double())
+    x = torch.randn(2, 8, 6, 5, dtype=torch.float64)
+    expected = layer(x)
+    layer = layer.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(layer(x.to(memory_format=torch.channels_last)), expected)
+
+
+@pytest.mark.parametrize(('cls', 'arguments'), [
+    (ODConv2d, dict(kernel_num=4)), (ODConv2d, dict(kernel_num=1)), (DyConv2d, {}),
+    (CondConv2d, {}), (DCDConv2d, {}), (DCDConv2d, dict(groups=8))])
+@pytest.mark.parametrize('batch', [1, 2])
+def test_compiles_without_a_graph_break(cls, arguments, batch):
+    layer = randomised(cls(8, 16, 3, **arguments)).train()
+    x = torch.randn(batch, 8, 6, 6)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend='aot_eager')
+    state = copy.deepcopy(layer.state_dict())
+    y = compiled(x)
+    y.sum().backward()
+    grads = [p.grad.clone() for p in layer.parameters()]
+    layer.load_state_dict(state)
+    layer.zero_grad()
+    expected = layer(x)
+    expected.sum().backward()
+    torch.testing.assert_close(y, expected)
+    for grad, p in zip(grads, layer.parameters()):
+        torch.testing.assert_close(grad, p.grad, rtol=1e-4, atol=1e-4)
+
+
+@every_layer
+def test_gradient_checkpointing(cls):
+    layer = randomised(cls(8, 12, 3).double())
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64, requires_grad=True)
+    plain = torch.autograd.grad(layer(x).sum(), [x, *layer.parameters()])
+    saved = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).sum(),
+                                [x, *layer.parameters()])
+    for a, b in zip(plain, saved):
+        torch.testing.assert_close(a, b)
+
+
+@every_layer
+def test_deepcopy_pickle_and_state_dict(cls):
+    layer = randomised(cls(8, 12, 3, temperature=2.5)).eval()
+    x = torch.randn(2, 8, 5, 5)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin.temperature == 2.5
+        torch.testing.assert_close(twin(x), layer(x))
+    loaded = cls(8, 12, 3, temperature=2.5).eval()
+    loaded.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(loaded(x), layer(x))
+
+
+@pytest.mark.parametrize('cls', BANKED)
+def test_weights_of_another_bank_are_refused(cls):
+    with pytest.raises(InputError, match=r'kernel_num=2, .* holds a bank of kernel_num=3'):
+        cls(8, 12, 3, kernel_num=2).load_state_dict(cls(8, 12, 3, kernel_num=3).state_dict())
+
+
+def test_set_temperature():
+    model = nn.Sequential(*(cls(4, 4, 3) for cls in LAYERS), nn.Conv2d(4, 4, 3),
+                          nn.Sequential(ODConv2d(4, 4, 1)))
+    set_temperature(model, 30)
+    assert [m.temperature for m in (*model[:4], model[-1][0])] == [30] * 5
+    with pytest.raises(ValueError, match='temperature must be greater than 0, got -1'):
+        set_temperature(model, -1)
+
+
+@every_layer
+def test_is_no_conv2d_and_prints_its_arguments(cls):
+    bank = dict(kernel_num=1) if has(cls, 'kernel_num') else {}
+    layer = cls(8, 12, 3, padding=1, bias=False, **bank)
+    # Code that initialises by class would misread bank and attention alike.
+    assert not any(isinstance(m, (nn.Conv2d, nn.Linear)) for m in layer.modules())
+    assert layer.extra_repr() == ('8, 12, kernel_size=(3, 3), stride=(1, 1), kernel_num=1, '
+                                  'padding=(1, 1), bias=False')
+
+
+@pytest.mark.parametrize('plan', ['blocked', 'folded'])
+@every_layer
+def test_create_graph_changes_no_first_derivative(cls, plan):
+    layer = randomised(cls(8, 12, 3).double())
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64, requires_grad=True)
+    with force_plan(plan):
+        plain = torch.autograd.grad(layer(x).sum(), [x, *layer.parameters()])
+        graph = torch.autograd.grad(layer(x).sum(), [x, *layer.parameters()], create_graph=True)
+    for a, b in zip(plain, graph):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('batch', [1, 2])
+@pytest.mark.parametrize(('cls', 'arguments'), [
+    (ODConv2d, dict(kernel_num=1)), *((cls, {}) for cls in LAYERS)])
+def test_channels_last_backward(cls, arguments, batch):
+    layer = randomised(cls(8, 12, 3, **arguments)).eval()
+    x = torch.randn(batch, 8, 6, 6, requires_grad=True)
+    plain = torch.autograd.grad(layer(x).sum(), [x, *layer.parameters()])
+    layer.to(memory_format=torch.channels_last)
+    x_last = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    for plan in ('blocked', 'folded'):
+        with force_plan(plan):
+            last = torch.autograd.grad(layer(x_last).sum(), [x_last, *layer.parameters()])
+        for a, b in zip(plain, last):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize('cls', [DyConv2d, CondConv2d])
+def test_a_bias_is_a_bank_mixed_by_the_attention_of_the_kernels(cls):
+    layer = cls(8, 12, 3, kernel_num=3)
+    assert layer.bias.shape == (3, 12) and cls(8, 12, 3, bias=False).bias is None
+
+
+@pytest.mark.parametrize('groups', [1, 2, 8])
+@pytest.mark.parametrize('kernel_size', [1, 3, (2, 5)])
+def test_dcd_begins_as_its_static_kernel(groups, kernel_size):
+    layer = DCDConv2d(8, 16, kernel_size, padding=1, groups=groups)
+    x = torch.randn(2, 8, 7, 7)
+    static = nn.functional.conv2d(x, layer.weight[0], layer.bias, 1, 1, 1, groups)
+    torch.testing.assert_close(layer(x), static)
+    layer = randomised(layer)
+    assert not torch.allclose(layer(x), static)
+    layer.init_weights()
+    torch.testing.assert_close(
+        layer(x), nn.functional.conv2d(x, layer.weight[0], layer.bias, 1, 1, 1, groups))
+
+
+@pytest.mark.parametrize(('arguments', 'p', 'q'), [
+    ((64, 256, 1), (256, 8), (64, 8)),           # 64 / 2^3
+    ((256, 64, 3), (64, 8), (256, 8)),
+    ((512, 512, 3), (512, 32), (512, 32)),       # 512 / 2^floor(4.5)
+    ((96, 96, 3, 1, 1, 1, 96), (96, 4), (9, 4)),  # elements: floor(9 / 2)
+    ((64, 64, 3, 1, 1, 1, 4), (64, 4), (64, 4)),  # 16 / 2^2 in each group
+])
+def test_dcd_latent_widths_are_the_papers(arguments, p, q):
+    with torch.device('meta'):
+        layer = DCDConv2d(*arguments)
+    assert (tuple(layer.p.shape), tuple(layer.q.shape)) == (p, q)
+
+
+def test_a_hotter_attention_is_more_uniform():
+    layer, x = DyConv2d(8, 12, 3), torch.randn(2, 8, 6, 6)
+    warm, hot = (layer.attention(x, t)['kernel_attention'] for t in (1.0, 1e4))
+    torch.testing.assert_close(hot, torch.full((2, 4), 0.25), rtol=1e-2, atol=1e-3)
+    assert (hot - 0.25).abs().max() < (warm - 0.25).abs().max()
