@@ -90,6 +90,13 @@ class ODAttention(nn.Module):
         for module in self.children():
             module.reset_parameters()
 
+    def reset_to_constant(self) -> float:
+        """Answer every input alike: kernels equally, gates at 1/2; return the product of gates."""
+        gates = [fc for fc in (self.channel_fc, self.filter_fc, self.spatial_fc) if fc is not None]
+        for fc in gates if self.kernel_fc is None else (*gates, self.kernel_fc):
+            fc.reset_to_zero()
+        return 0.5**len(gates)
+
     def forward(self, x: Tensor, temperature: float) -> Dict[str, Tensor]:
         """Attentions of x, (B, Cin, H, W), as keyword arguments of ``dynamic_conv2d``."""
         hidden = self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
