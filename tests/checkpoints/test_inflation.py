@@ -98,9 +98,9 @@ def test_to_dynamic_keeps_the_output(build, conv_cfg, batch):
 
 @pytest.mark.parametrize('conv_cfg', LAYERS, ids=str)
 def test_an_inflated_layer_can_learn(conv_cfg):
-    model = nn.Sequential(nn.Conv2d(6, 8, 3))
+    model = nn.Sequential(nn.Conv2d(6, 8, 3)).double()
     layer = to_dynamic(model, {**conv_cfg, 'temperature': 1.0})[0]
-    x = torch.randn(4, 6, 9, 9)
+    x = torch.randn(4, 6, 9, 9).double()
     if layer.kernel_num > 1:
         assert all(not torch.equal(layer.weight[0], other) for other in layer.weight[1:])
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
