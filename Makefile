@@ -8,13 +8,12 @@ TORCH ?= torch==2.13.0
 
 ifeq ($(STACK),onedl)
 VENV ?= .venv-onedl
-MMCV := $(shell grep mmcv requirements/onedl.txt)
 REQUIREMENTS := requirements/onedl.txt
 else
 VENV ?= .venv
-MMCV := mmcv==2.1.0
 REQUIREMENTS := requirements/mminstall.txt
 endif
+MMCV := $(shell grep mmcv $(REQUIREMENTS))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 CONFIG := $(MODEL)-rcnn_od-r18-k4_fpn_digits.py
@@ -24,20 +23,26 @@ WORK := work_dirs/quickstart$(if $(filter-out faster,$(MODEL)),-$(MODEL))
 env: $(VENV)/ready
 
 $(VENV)/ready: setup.py pyproject.toml $(wildcard requirements/*.txt)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9))' || \
-	  { echo "error: $(PYTHON) is older than Python 3.9: give another, make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.10: give another, make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import torch' 2>/dev/null && share=--system-site-packages; \
 	  $(PYTHON) -m venv $$share $(VENV)
 	$(PIP) 'setuptools<81' wheel ninja
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo 'Installing $(TORCH)'; $(PIP) '$(TORCH)'; }
-	@$(BIN)/python -c 'import mmcv.ops' 2>/dev/null || { \
+	@$(BIN)/python -c 'import mmcv.ops; from packaging.requirements import Requirement; \
+	  assert mmcv.__version__ in Requirement("$(MMCV)").specifier' 2>/dev/null || { \
 	  echo "Installing $(MMCV) with its ops. The first time on a machine this compiles them, about"; \
 	  echo "10 minutes on 2 cores; pip keeps the result, and the next time takes seconds."; \
-	  MMCV_WITH_OPS=1 $(PIP) --no-build-isolation '$(MMCV)'; }
+	  MMCV_WITH_OPS=1 $(PIP) --no-build-isolation '$(MMCV)' || \
+	  { echo 'error: mmcv was not built: see Troubleshooting in README.md'; exit 1; }; }
 	$(PIP) -r $(REQUIREMENTS) 'setuptools<81'  # mim imports its pkg_resources
 	$(PIP) -e '.[quickstart,tests]'
 	$(PIP) --no-deps openmim  # its dependencies would replace setuptools, rich and more
 	$(PIP) click colorama model-index pandas requests rich tabulate
+# opencv-python, which mmcv asks for, needs libGL and X11 of the system; headless does without.
+	@$(BIN)/python -c 'import cv2' 2>/dev/null || { $(BIN)/python -m pip uninstall -qy opencv-python; \
+	  $(PIP) --force-reinstall --no-deps opencv-python-headless; }
+	$(BIN)/python -c 'import mmdet_odconv'
 	@touch $@
 
 quickstart: env
@@ -45,7 +50,7 @@ quickstart: env
 	  { echo "error: MODEL=$(MODEL) is not known: use faster or mask."; exit 1; }
 	$(BIN)/python tools/dataset_converters/digits.py data/digits
 	$(BIN)/mim train mmdet_odconv $(CONFIG) --work-dir $(WORK) --resume
-	$(BIN)/mim test mmdet_odconv $(CONFIG) --checkpoint $$(cat $(WORK)/last_checkpoint) \
+	$(BIN)/mim test mmdet_odconv $(CONFIG) --checkpoint "$$(cat $(WORK)/last_checkpoint)" \
 	  --work-dir $(WORK) --out $(WORK)/predictions.pkl
 	$(BIN)/python tools/analysis_tools/report.py $(WORK)
 

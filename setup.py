@@ -1,8 +1,9 @@
 """Packaging of mmdet_odconv.
 
-torch, mmcv, mmengine and mmdet are not in install_requires: torch and mmcv must match each other
-and the GPU, and mmcv, mmengine and mmdet come from either of two families of distributions (see
-requirements/mminstall.txt and requirements/onedl.txt). The plugin checks them at import instead.
+torch (2.4 or later), mmcv, mmengine and mmdet are not in install_requires: torch and mmcv must
+match each other and the GPU, and mmcv, mmengine and mmdet come from either of two families of
+distributions (see requirements/mminstall.txt and requirements/onedl.txt). The plugin checks them
+at import instead.
 """
 import re
 import zipfile

@@ -3,9 +3,11 @@ import importlib
 import re
 from typing import Tuple
 
-# name: (lowest, below, how to install). OpenMMLab's packages and their maintained continuation
-# (onedl-mmcv, onedl-mmengine, onedl-mmdetection) share these import names.
+# name: (lowest, below, how to install). torch 2.4 is the first to tell autocast's dtype for any
+# device. OpenMMLab's packages and their maintained continuation (onedl-mmcv, onedl-mmengine,
+# onedl-mmdetection) share these import names.
 STACK = {
+    'torch': ('2.4.0', '3.0.0', 'pip install "torch>=2.4"'),
     'mmengine': ('0.10.0', '1.0.0', 'pip install "mmengine>=0.10"'),
     'mmcv': ('2.0.0', '2.4.0', 'pip install "mmcv>=2.0.0,<2.2.0", built with its ops'),
     'mmdet': ('3.1.0', '4.0.0', 'pip install "mmdet>=3.1,<4"'),
@@ -16,14 +18,18 @@ def check_stack() -> None:
     """Import the packages of :data:`STACK`.
 
     Raises:
-        ImportError: in one sentence, if one is missing, out of range, or lacks its ops.
+        ImportError: in one sentence, if one is missing, out of range, cannot be imported, or lacks
+            its ops.
     """
     for name, (lowest, below, install) in STACK.items():
         wanted = f'mmdet_odconv needs {name}>={lowest},<{below}'
         try:
             version = importlib.import_module(name).__version__
-        except ModuleNotFoundError as error:
-            raise ImportError(f'{wanted}, but {error.name} is not installed: {install}.') from error
+        except ImportError as error:
+            if error.name == name:
+                raise ImportError(f'{wanted}, but it is not installed: {install}.') from error
+            raise ImportError(f'{wanted}, which is installed but could not be imported ({error}): '
+                              'install what it lacks.') from error
         except AssertionError as error:  # so mmdet answers an mmcv that it was not made for
             raise ImportError(f'{wanted} in a version that fits the others: {error}') from error
         if not _numbers(lowest) <= _numbers(version) < _numbers(below):

@@ -39,6 +39,12 @@ def read_weights(filename: str, map_location='cpu') -> Tuple[Dict[str, Tensor], 
     return tensors, checkpoint
 
 
+def kept_meta(checkpoint: dict) -> dict:
+    """What holds of a converted checkpoint as it did before: the classes."""
+    meta = checkpoint.get('meta', {}) if 'state_dict' in checkpoint else {}
+    return {name: meta[name] for name in ('CLASSES', 'PALETTE', 'dataset_meta') if name in meta}
+
+
 def provenance(source: str, tool: str) -> Dict[str, str]:
     """What a converted checkpoint says in its meta of where it is from."""
     said = dict(source=Path(source).name, converted_by=f'mmdet_odconv {__version__} {tool}')
@@ -63,21 +69,35 @@ def writing(path: Path, force: bool = False) -> Iterator[Path]:
         InputError: if ``path`` exists and ``force`` is not set, or cannot be written.
     """
     refuse_existing(path, force)
+    with _beside(path) as temporary:
+        yield temporary
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+        handle, temporary = tempfile.mkstemp(path.suffix, f'.{path.stem}-', path.parent)
         os.close(handle)
-        yield Path(temporary)
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # as open() would; mkstemp's is the owner's alone
-        os.replace(temporary, path)
+        yield Path(temporary)
     except OSError as error:
-        raise InputError(f'{path} could not be written ({error.strerror or error}): choose a '
-                         'directory that exists, is writable and has space.') from error
+        raise _unwritable(path, error.strerror or error) from error
+    except RuntimeError as error:  # so torch.save answers a full disk
+        if 'PytorchStreamWriter' not in str(error):
+            raise
+        raise _unwritable(path, str(error).splitlines()[0]) from error
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, reason) -> InputError:
+    return InputError(f'{path} could not be written ({reason}): choose a directory that exists, '
+                      'is writable and has space.')
 
 
 def refuse_existing(path: Path, force: bool) -> None:
@@ -88,5 +108,20 @@ def refuse_existing(path: Path, force: bool) -> None:
 
 def save_checkpoint(checkpoint: dict, path: Path, force: bool = False) -> None:
     """``torch.save`` to ``path``, whole or not at all; equal contents give equal files."""
-    with writing(path, force) as temporary, open(temporary, 'wb') as file:
-        torch.save(checkpoint, file)  # by name, the archive would hold the temporary one
+    with writing(path, force) as temporary:
+        _save(checkpoint, temporary)
+
+
+def publish(checkpoint: dict, path: Path, force: bool = False) -> Path:
+    """Save to ``path`` with the first eight digits of the file's sha256 at the end of its stem."""
+    with _beside(path) as temporary:
+        _save(checkpoint, temporary)
+        final = path.with_name(f'{path.stem}-{sha256(temporary)[:8]}{path.suffix}')
+        refuse_existing(final, force)
+        os.replace(temporary, final)
+    return final
+
+
+def _save(checkpoint: dict, path: Path) -> None:
+    with open(path, 'wb') as file:
+        torch.save(checkpoint, file)  # by name, the archive would hold that name

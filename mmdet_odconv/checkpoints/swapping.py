@@ -9,6 +9,7 @@ from mmengine.utils import get_installed_path
 from torch import nn
 
 from ..errors import InputError
+from .files import kept_meta, provenance
 
 SWAPS = {'ResNet': 'ODResNet', 'ResNetV1d': 'ODResNetV1d', 'ResNeXt': 'ODResNeXt',
          'MobileNetV2': 'ODMobileNetV2'}
@@ -24,7 +25,7 @@ def locate_config(name: str) -> Tuple[Path, str]:
     if not found:
         if not Path(name).is_file():
             raise InputError(f'Config {name} does not exist: give a file, or mmdet::NAME for one '
-                             'of mmdet\'s.')
+                             'of mmdet.')
         return Path(name), str(Path(name).resolve())
     if package != 'mmdet':
         raise InputError(f'Config {name} is of package {package}: give a file, or mmdet::NAME.')
@@ -77,8 +78,11 @@ def _backbones(model: dict, path: Tuple[str, ...] = ()) -> Iterator[Tuple[Tuple[
 
 def _change_of(backbone: dict, kernel_num: int, init_cfg: Optional[str]) -> Dict[str, object]:
     kind = backbone['type']
+    if isinstance(kind, type):
+        raise InputError(f"{kind.__name__} is given as a class, as in MMEngine's pure Python "
+                         'configs, from which a text config cannot inherit: give a text config.')
     with MODELS.switch_scope_and_registry(None) as registry:
-        cls = kind if isinstance(kind, type) else registry.get(kind)
+        cls = registry.get(kind)
     if cls is None:
         raise InputError(f'{kind} is registered nowhere: check it and custom_imports.')
     name = cls.__name__
@@ -111,3 +115,34 @@ def build_model(config: Config) -> nn.Module:
     if config.get('data_preprocessor') is not None:
         model.setdefault('data_preprocessor', config.data_preprocessor)
     return MODELS.build(model)
+
+
+def dynamic_config(config: Config, base: str, changes: dict, load_from: Optional[Path]) -> str:
+    """Text of a config that says only how it differs from its static ``base``."""
+    imports = config.get('custom_imports') or dict(imports=[], allow_failed_imports=False)
+    imports = dict(imports, imports=[*imports['imports'], 'mmdet_odconv'])
+    hooks = [hook.to_dict() for hook in config.get('custom_hooks') or []]
+    given = dict(custom_imports=imports, custom_hooks=[*hooks, dict(type='InputCheckHook')],
+                 model=_replacing(changes, config.model))
+    if load_from is not None:
+        given['load_from'] = str(load_from)
+    return f'_base_ = {base!r}\n\n{Config(given).pretty_text}'
+
+
+def _replacing(changes: dict, base: dict) -> dict:
+    """``changes`` that say where a dict replaces what is none in ``base``."""
+    marked = {}
+    for key, value in changes.items():
+        if isinstance(value, dict):
+            inside = base.get(key)
+            value = (_replacing(value, inside) if isinstance(inside, dict) else
+                     dict(_delete_=True, **value) if key in base else value)
+        marked[key] = value
+    return marked
+
+
+def converted(model: nn.Module, config: Config, checkpoint: dict, source: str, tool: str) -> dict:
+    """Checkpoint of ``model``, which was inflated from ``source``: no optimizer, own config."""
+    return dict(meta=dict(kept_meta(checkpoint), cfg=config.pretty_text,
+                          provenance=provenance(source, tool)),
+                state_dict=model.state_dict())

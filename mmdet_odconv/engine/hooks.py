@@ -1,6 +1,6 @@
 """Hooks: temperature annealing, and checks before hours are spent on a mistaken input."""
 import re
-from typing import List
+from typing import Iterator, List
 
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -18,6 +18,9 @@ class TemperatureAnnealingHook(Hook):
     2020, section 3.3; ODConv trains so from scratch too). The value follows from the iteration
     alone, so that a resumed run continues with the right one; it is logged as ``temperature``.
 
+    Validation and testing are at 1, annealed or not: it is the temperature at which the
+    checkpoint of that moment would be tested. Figures of the first epochs are low for it.
+
     Args:
         begin: temperature of the first iteration, > 0.
         end_epoch: number of epochs after which it is 1, > 0; may be fractional.
@@ -34,21 +37,19 @@ class TemperatureAnnealingHook(Hook):
         self.begin, self.end_epoch, self.by_epoch = begin, end_epoch, by_epoch
 
     def before_train(self, runner: Runner) -> None:
-        self._set(runner)
-
-    def before_train_epoch(self, runner: Runner) -> None:
-        self._set(runner)
+        self._anneal(runner)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
-        if not self.by_epoch:
-            self._set(runner)
+        self._anneal(runner)  # also after validation
 
-    def after_train(self, runner: Runner) -> None:
+    def before_val(self, runner: Runner) -> None:
         set_temperature(runner.model, 1.0)
 
-    def _set(self, runner: Runner) -> None:
-        epoch = runner.epoch if self.by_epoch else runner.iter / len(runner.train_dataloader)
-        progress = min(1.0, epoch / self.end_epoch)
+    before_test = after_train = before_val
+
+    def _anneal(self, runner: Runner) -> None:
+        epoch = runner.iter / len(runner.train_dataloader)
+        progress = min(1.0, (int(epoch) if self.by_epoch else epoch) / self.end_epoch)
         value = self.begin + (1.0 - self.begin) * progress
         set_temperature(runner.model, value)
         runner.message_hub.update_scalar('train/temperature', value)
@@ -59,7 +60,8 @@ class InputCheckHook(Hook):
     """Refuses what MMEngine would only log, or fail on much later.
 
     A dataset whose annotations lack classes that the config names; a head whose num_classes is
-    not their number; and, when testing or resuming, a checkpoint of another architecture.
+    not their number (unless the dataset is panoptic, where some heads know things alone, or the
+    classes are named by text); and, when testing or resuming, a checkpoint of another architecture.
 
     Raises:
         InputError: with the values found and expected.
@@ -101,24 +103,45 @@ class InputCheckHook(Hook):
 
     @staticmethod
     def _check_classes(runner: Runner, dataset) -> None:
-        dataset = getattr(dataset, 'dataset', dataset)  # RepeatDataset and its like
-        classes = getattr(dataset, 'metainfo', {}).get('classes')
-        if classes is None:
+        datasets = {}
+        for leaf in _unwrapped(dataset):
+            metainfo = getattr(leaf, 'metainfo', {})
+            classes, found = metainfo.get('classes'), getattr(leaf, 'cat_ids', None)
+            if classes is None:
+                continue
+            name = getattr(leaf, 'ann_file', None) or type(leaf).__name__
+            if found is not None and len(found) != len(classes):
+                raise InputError(
+                    f'{name} has {len(found)} of the {len(classes)} classes that the config names '
+                    f'({", ".join(classes[:5])}{", ..." if len(classes) > 5 else ""}): '
+                    "set the dataset's metainfo=dict(classes=...) to names that its categories "
+                    'have.')
+            is_panoptic = 'stuff_classes' in metainfo
+            is_prompted = getattr(leaf, 'return_classes', False)
+            if not (is_panoptic or is_prompted):
+                datasets[len(classes)] = name
+        if not datasets:
             return
-        found = getattr(dataset, 'cat_ids', None)
-        if found is not None and len(found) != len(classes):
-            raise InputError(
-                f'{dataset.ann_file} has {len(found)} of the {len(classes)} classes that the '
-                f'config names ({", ".join(classes[:5])}{", ..." if len(classes) > 5 else ""}): '
-                "set the dataset's metainfo=dict(classes=...) to names that its categories have.")
+        expected = max(datasets)
         for name, module in runner.model.named_modules():
             num_classes = getattr(module, 'num_classes', None)
             # A region proposal head knows one class, object, whatever the dataset's are.
             if (re.search(r'(^|\.)(bbox|mask)_head(\.\d+)?$', name) and num_classes is not None
-                    and num_classes != len(classes)):
+                    and num_classes != expected):
                 raise InputError(
-                    f'{name} has num_classes={num_classes} but {dataset.ann_file} has '
-                    f'{len(classes)} classes: set num_classes={len(classes)} in the config.')
+                    f'{name} has num_classes={num_classes} but {datasets[expected]} has '
+                    f'{expected} classes: set num_classes={expected} in the config.')
+
+
+def _unwrapped(dataset) -> Iterator:
+    """The datasets under RepeatDataset, ConcatDataset, MultiImageMixDataset and their like."""
+    if hasattr(dataset, 'datasets'):
+        for part in dataset.datasets:
+            yield from _unwrapped(part)
+    elif hasattr(dataset, 'dataset'):
+        yield from _unwrapped(dataset.dataset)
+    else:
+        yield dataset
 
 
 def _few(names: List[str]) -> str:

@@ -1,4 +1,5 @@
 """Runs mmdet's own train and test scripts with the plugin registered and errors made plain."""
+import contextlib
 import difflib
 import errno
 import os
@@ -7,14 +8,17 @@ import runpy
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Iterator, Optional
 
 import mmdet
+from mmdet.datasets import CocoDataset
 from mmengine.registry import MODELS
 
 from ..errors import InputError
 
 CONFIGS = Path(__file__).parents[1] / '.mim' / 'configs'
+# What reading another JSON, or none, as COCO raises.
+NOT_COCO = (AssertionError, AttributeError, LookupError, TypeError, ValueError)
 
 
 def run_mmdet_tool(name: str) -> None:
@@ -25,12 +29,19 @@ def run_mmdet_tool(name: str) -> None:
     script = Path(mmdet.__file__).parent / '.mim' / 'tools' / name
     if not script.is_file():
         script = Path(mmdet.__file__).parents[1] / 'tools' / name  # a source checkout
-    try:
+    with errors_explained():
         if not script.is_file():
             raise InputError(f"mmdet's {name} was found neither in {Path(mmdet.__file__).parent} "
                              'nor beside it: install mmdet from a wheel or a whole checkout.')
         _resolve_config(sys.argv)
         runpy.run_path(str(script), run_name='__main__')
+
+
+@contextlib.contextmanager
+def errors_explained() -> Iterator[None]:
+    """Exit with one sentence on a mistake that the user can mend."""
+    try:
+        yield
     except Exception as error:
         sentence = explain(error)
         if sentence is None:
@@ -67,32 +78,36 @@ def explain(error: BaseException) -> Optional[str]:
         path = _locals_of(error, 'put').get('filepath')  # MMEngine's LocalBackend
         if path is not None:
             Path(path).unlink(missing_ok=True)
-        return (f'No space was left on the disk while writing {path or "a file"}, which was '
-                'removed: free some and run again with --resume, which continues from the last '
-                'whole checkpoint.')
+        written = '' if path is None else f' while writing {path}, which was removed'
+        return (f'No space was left on the disk{written}: free some and run again with --resume, '
+                'which continues from the last whole checkpoint.')
     unknown = re.search(r'(\S+) is not in the \S+::(\S+) registry', str(error))
-    layer = _locals_of(error, 'build_conv_layer').get('layer_type')  # mmcv's message names None
-    if isinstance(error, KeyError) and (unknown or layer):
+    layer = str(_locals_of(error, 'build_conv_layer').get('layer_type', ''))  # which mmcv omits
+    known = _known_types()
+    if isinstance(error, KeyError) and (unknown or layer and layer.split('.')[-1] not in known):
         name, kind = unknown.groups() if unknown else (layer, 'layer')
         name = name.strip('\'"')
-        near = difflib.get_close_matches(name, _known_types(), n=3)
+        near = difflib.get_close_matches(name, known, n=3)
         hint = f'did you mean {" or ".join(near)}?' if near else 'check it and custom_imports.'
         return f'No {kind} is registered as {name}: {hint}'
     dataset = _locals_of(error, 'load_data_list').get('self')
     if dataset is not None:
-        ann_file = dataset.ann_file
-        if not Path(ann_file).is_file() and '://' not in ann_file:
+        ann_file = getattr(dataset, 'ann_file', None)
+        if isinstance(error, FileNotFoundError) and error.filename == ann_file:
             return (f'Annotation file {ann_file} does not exist: set data_root and ann_file of '
                     'the dataset in the config, or put the dataset there.')
-        return (f'Annotation file {ann_file} could not be read as COCO '
-                f'({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ""}): '
-                'expected a JSON object with images, annotations and categories.')
-    dataset = _locals_of(error, 'full_init').get('self')
+        if isinstance(dataset, CocoDataset) and isinstance(error, NOT_COCO):
+            return (f'Annotation file {ann_file} could not be read as COCO '
+                    f'({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ""}'
+                    '): expected a JSON object with images, annotations and categories.')
+    dataset = _locals_of(error, '_serialize_data').get('self')
     if dataset is not None and not dataset.data_list:
-        classes = dataset.metainfo['classes']
-        return (f'{dataset.ann_file} leaves no image to use: it has {len(dataset.cat_ids)} of the '
-                f'{len(classes)} classes that the config names ({", ".join(map(str, classes[:5]))})'
-                ": set the dataset's metainfo=dict(classes=...) to names that its categories have.")
+        classes, found = dataset.metainfo.get('classes', ()), getattr(dataset, 'cat_ids', None)
+        counts = '' if found is None else (
+            f'it has {len(found)} of the {len(classes)} classes that the config names '
+            f'({", ".join(map(str, classes[:5]))}): ')
+        return (f"{dataset.ann_file} leaves no image to use: {counts}set the dataset's "
+                'metainfo=dict(classes=...) to names that its categories have.')
     image = _locals_of(error, 'transform').get('results', {}).get('img_path')
     if isinstance(error, FileNotFoundError) and image is not None:
         return (f'Image {image} does not exist: set data_root and data_prefix of the dataset in '

@@ -16,8 +16,8 @@ def replace_convs(model: nn.Module, pattern: str, conv_cfg: dict,
     Args:
         model: any torch model.
         pattern: regular expression; every :class:`torch.nn.Conv2d` whose whole name matches is
-            replaced by a layer of the same geometry. One that is used under several names is
-            shared by them still.
+            replaced by a layer of the same geometry, frozen and in the mode that it was. One that
+            is used under several names is shared by them still.
         conv_cfg: the layer, e.g. ``dict(type='ODConv2d', kernel_num=4)``.
         inflate: give the layer the output of the convolution before; else it is initialised
             afresh.

@@ -150,6 +150,19 @@ def test_replace_convs_takes_any_model():
     assert model(torch.randn(2, 3, 5, 5)).shape == (2, 8, 3, 3)
 
 
+def test_replace_convs_keeps_mode_and_frozenness():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)).eval()
+    model[1].requires_grad_(False)
+    model[2].train()
+    norm_cfg = dict(type='BN', requires_grad=False)
+    replace_convs(model, r'\d', dict(type='ODConv2d', norm_cfg=norm_cfg))
+    assert [{m.training for m in conv.modules()} for conv in model] == [{False}, {False}, {True}]
+    trainable = [{n for n, p in conv.named_parameters() if p.requires_grad} for conv in model]
+    everything = {n for n, _ in model[0].named_parameters()}
+    assert trainable[0] == everything - {'attention.bn.weight', 'attention.bn.bias'}
+    assert trainable[1] == set()
+
+
 @pytest.mark.parametrize(('cls', 'arguments', 'frozen', 'moving'), [
     (ODResNet, dict(depth=18), ('conv1', 'bn1', 'layer1'), ('layer2', 'layer3', 'layer4')),
     (ODMobileNetV2, dict(), ('conv1', 'layer1'), ('layer2', 'layer7', 'conv2')),

@@ -1,10 +1,13 @@
 from types import SimpleNamespace
 
 import pytest
+from mmdet.datasets import CocoDataset, ConcatDataset, MultiImageMixDataset
+from mmengine.dataset import ClassBalancedDataset, RepeatDataset
+from mmengine.dataset import ConcatDataset as MMEngineConcatDataset
 from mmengine.logging import MessageHub
 from torch import nn
 
-from mmdet_odconv import ODConv2d, TemperatureAnnealingHook
+from mmdet_odconv import InputCheckHook, InputError, ODConv2d, TemperatureAnnealingHook
 
 
 class FakeRunner(SimpleNamespace):
@@ -14,10 +17,6 @@ class FakeRunner(SimpleNamespace):
         super().__init__(model=nn.Sequential(ODConv2d(4, 4, 3), nn.Sequential(ODConv2d(4, 4, 1))),
                          train_dataloader=range(10), iter=iteration,
                          message_hub=MessageHub('test_hooks'))
-
-    @property
-    def epoch(self):
-        return self.iter // 10
 
     @property
     def temperatures(self):
@@ -38,7 +37,6 @@ def test_by_epoch():
     runner, hook = FakeRunner(), TemperatureAnnealingHook(begin=31, end_epoch=3, by_epoch=True)
     hook.before_train(runner)
     for runner.iter, expected in ((0, 31), (9, 31), (10, 21), (25, 11), (30, 1)):
-        hook.before_train_epoch(runner)
         hook.before_train_iter(runner, 0)
         assert runner.temperatures == pytest.approx([expected] * 2)
 
@@ -51,7 +49,83 @@ def test_a_resumed_run_has_the_right_value_at_once_and_ends_at_one():
     assert runner.temperatures == [1, 1]
 
 
+@pytest.mark.parametrize('evaluation', ['before_val', 'before_test'])
+@pytest.mark.parametrize('by_epoch', [False, True])
+def test_evaluates_at_one_and_goes_on_where_it_was(evaluation, by_epoch):
+    runner = FakeRunner(iteration=20)
+    hook = TemperatureAnnealingHook(begin=31, end_epoch=3, by_epoch=by_epoch)
+    hook.before_train_iter(runner, 0)
+    assert runner.temperatures == pytest.approx([11, 11])
+    getattr(hook, evaluation)(runner)
+    assert runner.temperatures == [1, 1]
+    assert runner.message_hub.get_scalar('train/temperature').current() == pytest.approx(11)
+    hook.before_train_iter(runner, 1)
+    assert runner.temperatures == pytest.approx([11, 11])
+
+
 @pytest.mark.parametrize('arguments', [dict(begin=0), dict(end_epoch=0), dict(begin=-1)])
 def test_bad_arguments(arguments):
     with pytest.raises(ValueError, match='begin and end_epoch must be greater than 0, got'):
         TemperatureAnnealingHook(**arguments)
+
+
+CLASSES = ('cat', 'dog', 'cow')
+
+
+class Fake(CocoDataset):
+    """A dataset of two images whose annotations have ``found`` categories."""
+
+    def __init__(self, ann_file='a.json', classes=CLASSES, found=None, **kwargs):
+        self.cat_ids = list(range(len(classes) if found is None else found))
+        super().__init__(ann_file=ann_file, metainfo=dict(classes=classes), **kwargs)
+
+    def load_data_list(self):
+        return [dict(instances=[dict(bbox_label=i)], img_id=i, height=9, width=9)
+                for i in range(2)]
+
+    def filter_data(self):
+        return self.data_list
+
+
+def check(dataset, num_classes=3):
+    head = nn.Module()
+    head.num_classes = num_classes
+    InputCheckHook().before_train(SimpleNamespace(
+        model=nn.ModuleDict(dict(bbox_head=head)), train_dataloader=SimpleNamespace(
+            dataset=dataset)))
+
+
+WRAPPERS = {
+    'none': lambda dataset: dataset,
+    'repeated balanced': lambda dataset: RepeatDataset(
+        dict(type=ClassBalancedDataset, dataset=dataset, oversample_thr=1e-3), 2),
+    'mixed': lambda dataset: MultiImageMixDataset(dataset, []),
+    "mmengine's concat": lambda dataset: MMEngineConcatDataset([Fake(), dataset]),
+    "mmdet's concat": lambda dataset: ConcatDataset([Fake('b.json'), dataset]),
+    'repeated concat': lambda dataset: RepeatDataset(
+        dict(type=ConcatDataset, datasets=[Fake(), dataset]), 2),
+}
+
+
+@pytest.mark.parametrize('wrap', WRAPPERS.values(), ids=WRAPPERS)
+def test_datasets_are_checked_in_any_wrapper(wrap):
+    check(wrap(Fake()))
+    with pytest.raises(InputError, match=r'bbox_head has num_classes=80 but a\.json has 3 classes'):
+        check(wrap(Fake()), num_classes=80)
+    with pytest.raises(InputError, match=r'a\.json has 2 of the 3 classes that the config names'):
+        check(wrap(Fake(found=2)))
+
+
+def test_concatenated_datasets_of_different_classes_need_the_most():
+    dataset = ConcatDataset([Fake(), Fake('b.json', classes=('cat', 'dog'))])
+    check(dataset)
+    with pytest.raises(InputError, match=r'num_classes=2 but a\.json has 3 classes'):
+        check(dataset, num_classes=2)
+
+
+def test_nothing_is_refused_that_may_be_right():
+    panoptic = Fake()
+    panoptic._metainfo['stuff_classes'] = ['sky']
+    check(panoptic, num_classes=2)  # a bbox head knows things alone
+    check(Fake(return_classes=True), num_classes=256)  # classes are named by text
+    check(range(3), num_classes=7)

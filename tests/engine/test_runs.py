@@ -15,7 +15,7 @@ from mmengine.fileio import LocalBackend
 from mmengine.runner import load_checkpoint
 
 from mmdet_odconv import InputError
-from mmdet_odconv.engine.launch import explain
+from mmdet_odconv.engine.launch import explain, find_config
 
 
 @pytest.fixture(scope='module')
@@ -87,6 +87,18 @@ def test_options_of_mmdet(trained, option):
                 *digits.TINY, 'train_cfg.max_epochs=1', 'train_dataloader.batch_size=2')
     lr = torch.load(root / 'options/epoch_1.pth')['optimizer']['param_groups'][0]['initial_lr']
     assert lr == (0.0005 if option == '--auto-scale-lr' else 0.001)
+
+
+def test_temperature_reaches_the_visualiser(trained):
+    root, _ = trained
+    (root / 'annealed.py').write_text(
+        f"_base_ = '{find_config(digits.CONFIG)}'\n"
+        "custom_hooks = [dict(type='TemperatureAnnealingHook', begin=31, end_epoch=3)]\n")
+    digits.tool(root, 'train.py', 'annealed.py', '--work-dir', 'annealed', '--cfg-options',
+                *digits.TINY)
+    scalars, = (root / 'annealed').glob('*/vis_data/scalars.json')
+    records = [json.loads(line) for line in scalars.read_text().splitlines()]
+    assert [r['temperature'] for r in records if 'temperature' in r] == pytest.approx([31, 21, 11])
 
 
 def test_mask_rcnn_reports_both_maps(trained):

@@ -9,7 +9,8 @@
 Alternatives, interleaved round by round: ``static`` (nn.Conv2d), ``grouped`` (the formulation of
 the published code, a plan of dynamic_conv2d) and ``ours`` (the plan that dynamic_conv2d chooses).
 Milliseconds are medians over the rounds. 'saved' is the memory that autograd keeps for the
-backward pass beyond parameters, each storage counted once.
+backward pass beyond parameters, each storage counted once; 'peak', on CUDA, what a training step
+takes at most beyond what was there before it, the parameters of all alternatives.
 """
 import argparse
 import contextlib
@@ -102,12 +103,18 @@ class Case:
         return sum(saved.values())
 
     def peak_bytes(self, alternative):
-        """CUDA bytes at the peak of a training step; None on the CPU, where torch counts none."""
+        """CUDA bytes that a training step takes at its peak beyond parameters and input.
+
+        None on the CPU, where torch counts none.
+        """
         if self.x.device.type != 'cuda':
             return None
+        for model, _ in self.models.values():
+            model.zero_grad(set_to_none=True)
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         self.training(alternative)
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated() - before
 
     def _clock(self):
         if self.x.device.type == 'cuda':
@@ -176,7 +183,7 @@ def model_case(args, batch, kernel_num):
 
 
 def detector_case(args, batch):
-    """Backbone, neck and dense head of a config against the same with a static backbone."""
+    """Backbone, neck and dense head of a config against the same with static convolutions."""
     from mmdet.registry import MODELS
     from mmengine.config import Config
     from mmengine.registry import DefaultScope
@@ -186,19 +193,42 @@ def detector_case(args, batch):
     DefaultScope.get_instance('benchmark', scope_name='mmdet')
     config = Config.fromfile(path).model
     dynamic = MODELS.build(config)
-    for key in ('kernel_num', 'reduction'):
-        config.backbone.pop(key, None)
-    config.backbone.type = config.backbone.type.replace('OD_', '').replace('OD', '')
+    make_static(config)
     static = MODELS.build(config)
     x = torch.randn(batch, 3, *args.size, device=args.device)
 
     def forward(model, x):
         levels = model.extract_feat(x)
-        dense = model.rpn_head if model.with_rpn else model.bbox_head
+        dense = getattr(model, 'rpn_head', None) or model.bbox_head
         return [*levels, *(y for outputs in dense(levels) for y in outputs)]
 
     return Case(describe(path.stem, batch, args.size), static.to(args.device),
                 dynamic.to(args.device), x, DTYPES[args.dtype], forward)
+
+
+def make_static(config):
+    """Take the dynamic convolutions and backbones out of a model's config, in place."""
+    from mmdet.registry import MODELS
+
+    from mmdet_odconv.backbones.dynamic import DynamicBackbone
+    from mmdet_odconv.layers import DynamicConv2d
+
+    def bases(value):
+        kind = value.get('type') if isinstance(value, dict) else None
+        kind = MODELS.get(kind) if isinstance(kind, str) else kind
+        return kind.__mro__ if isinstance(kind, type) else ()
+
+    if DynamicBackbone in bases(config):
+        config.type = bases(config)[bases(config).index(DynamicBackbone) + 1]
+        for argument in ('kernel_num', 'reduction'):
+            config.pop(argument, None)
+    for key, value in list(config.items()):
+        if DynamicConv2d in bases(value):
+            del config[key]
+            continue
+        for part in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(part, dict):
+                make_static(part)
 
 
 def describe(label, batch, size):
@@ -294,7 +324,8 @@ def parse_args():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('kind', nargs='?', choices=['layer', 'backbone', 'model', 'detector'])
     parser.add_argument('target', nargs='?', help='backbone class, model function or config')
-    parser.add_argument('--suite', action='store_true', help='the table of the README')
+    parser.add_argument('--suite', action='store_true',
+                        help='OD-ResNet-50 and OD-MobileNetV2 at COCO and ImageNet sizes')
     parser.add_argument('--mode', choices=['inference', 'training', 'both'], default='both')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--dtype', choices=DTYPES, default='fp32', help='of autocast')

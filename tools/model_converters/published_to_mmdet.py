@@ -7,11 +7,10 @@ left out, and says in its meta where it is from. The first eight digits of its s
 the end of its name, as OpenMMLab does.
 """
 import argparse
-import tempfile
 from pathlib import Path
 
-from mmdet_odconv.checkpoints import convert_published, read_weights, save_checkpoint
-from mmdet_odconv.checkpoints.files import provenance, sha256, writing
+from mmdet_odconv.checkpoints import convert_published, read_weights
+from mmdet_odconv.checkpoints.files import kept_meta, provenance, publish
 from mmdet_odconv.checkpoints.published import few
 from mmdet_odconv.engine.launch import errors_explained
 
@@ -22,13 +21,15 @@ def main():
     parser.add_argument('out', metavar='OUT.pth', type=Path)
     parser.add_argument('--force', action='store_true', help='replace an output that exists')
     args = parser.parse_args()
-    state, checkpoint = read_weights(args.source)
-    state, left_out = convert_published(state)
-    meta = checkpoint.get('meta', {}) if 'state_dict' in checkpoint else {}
-    meta = {name: meta[name] for name in ('CLASSES', 'PALETTE', 'dataset_meta') if name in meta}
-    for name in ('epoch', 'acc', 'best_acc'):  # of a classifier
-        if isinstance(checkpoint.get(name), (int, float)):
-            meta[name] = checkpoint[name]
-    checkpoint = dict(
-        meta={**meta, 'provenance': provenance(args.source, Path(__file__).name)},
-        state_dict=state)
+    with errors_explained():
+        state, checkpoint = read_weights(args.source)
+        converted, left_out = convert_published(state)
+        meta = dict(kept_meta(checkpoint),
+                    provenance=provenance(args.source, Path(__file__).name))
+        out = publish(dict(meta=meta, state_dict=converted), args.out, args.force)
+        print(f'{out} holds {len(converted)} of {len(state)} tensors; left out: '
+              f'{few(left_out) or "none"}.')
+
+
+if __name__ == '__main__':
+    main()
