@@ -23,15 +23,15 @@ def main():
     parser.add_argument('static', metavar='STATIC.pth', help='checkpoint of the static detector')
     parser.add_argument('out', metavar='OUT.pth', type=Path)
     parser.add_argument('--force', action='store_true', help='replace an output that exists')
-    parser.add_argument('--seed', type=int, default=0, help='of the perturbations of the kernels')
+    parser.add_argument('--seed', type=int, default=0, help='of what the static weights leave free')
     args = parser.parse_args()
     with errors_explained():
         refuse_existing(args.out, args.force)
         path, _ = locate_config(args.config)
         config = Config.fromfile(path)
         state, checkpoint = read_weights(args.static)
-        model = build_model(config)
         torch.manual_seed(args.seed)
+        model = build_model(config)
         load_static(model, state, strict=True)
         save_checkpoint(converted(model, config, checkpoint, args.static, Path(__file__).name),
                         args.out, args.force)

@@ -33,7 +33,7 @@ def main():
     parser.add_argument('--out', type=Path, help='config to write; NAME_odconv-kN.py if not given')
     parser.add_argument('--kernel-num', type=int, default=4, help='number of kernels in each bank')
     parser.add_argument('--force', action='store_true', help='replace outputs that exist')
-    parser.add_argument('--seed', type=int, default=0, help='of the perturbations of the kernels')
+    parser.add_argument('--seed', type=int, default=0, help='of what the static weights leave free')
     args = parser.parse_args()
     with errors_explained():
         path, base = locate_config(args.config)
@@ -49,11 +49,11 @@ def main():
         with writing(out, args.force) as temporary:
             temporary.write_text(text)
             dynamic = Config.fromfile(temporary)  # what is renamed is known to load and build
+            torch.manual_seed(args.seed)
             model = build_model(dynamic)
             if args.checkpoint:
                 refuse_existing(weights, args.force)
                 state, checkpoint = read_weights(args.checkpoint)
-                torch.manual_seed(args.seed)
                 load_static(model, state, strict=True)
                 save_checkpoint(converted(model, dynamic, checkpoint, args.checkpoint,
                                           Path(__file__).name), weights, args.force)
