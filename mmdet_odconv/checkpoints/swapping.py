@@ -1,4 +1,5 @@
 """A detector's config made one with a dynamic backbone."""
+import copy
 import inspect
 from pathlib import Path
 from typing import Dict, Iterator, Optional, Tuple
@@ -111,7 +112,7 @@ def _change_of(backbone: dict, kernel_num: int, init_cfg: Optional[str]) -> Dict
 def build_model(config: Config) -> nn.Module:
     """The model of a config, with weights as constructed."""
     init_default_scope(config.get('default_scope', 'mmdet'))
-    model = config.model.copy()
+    model = copy.deepcopy(config.model)  # some detectors change what they are given
     if config.get('data_preprocessor') is not None:
         model.setdefault('data_preprocessor', config.data_preprocessor)
     return MODELS.build(model)

@@ -18,7 +18,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from mmdet.testing import demo_mm_inputs
+from mmdet.testing import demo_mm_inputs, demo_track_inputs
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.utils import get_installed_path
@@ -33,9 +33,9 @@ TOLERANCE = 1e-3  # largest difference of features, relative to the largest feat
 
 def try_config(path, kernel_num, size):
     """The last of STEPS that the config reached, and why it went no further."""
-    config = Config.fromfile(path)
     reached = None
     try:
+        config = Config.fromfile(path)
         changes = swap_backbone(config, kernel_num, None)
         reached = 'eligible'
         static = build_model(config)
@@ -45,24 +45,47 @@ def try_config(path, kernel_num, size):
         reached = 'built'
         load_static(dynamic, static.state_dict(), strict=True)
         reached = 'converted'
-        data = demo_mm_inputs(1, [(3, size, size)], with_semantic=True, with_mask=True)
+        tracks = hasattr(static, 'detector') and hasattr(static, 'tracker')
+        data = demo_track_inputs(1, 1, image_shapes=(3, size, size)) if tracks else demo_mm_inputs(
+            1, [(3, size, size)], with_semantic=True, with_mask=True)
         for model in (static, dynamic):
             model.eval()
         with torch.no_grad():
+            try:
+                static.test_step(copy.deepcopy(data))
+            except Exception as error:
+                raise InputError(f'the static one fails: {in_short(error)}') from error
             dynamic.test_step(copy.deepcopy(data))
             reached = 'ran forward'
             images = static.data_preprocessor(data, False)['inputs']
-            difference = max(map(relative_difference, *(
-                flat(model.extract_feat(images)) for model in (dynamic, static))))
+            ours, theirs = (flat(model.detector.extract_feat(images[:, 0]) if tracks else
+                                 model.extract_feat(images)) for model in (dynamic, static))
+            if not all(tensor.any() for tensor in theirs):
+                raise InputError('the static one has features of zeros')
+            difference = max(map(relative_difference, ours, theirs))
         if not difference <= TOLERANCE:
             return reached, f'features differ by {difference:.1e}'
         return 'same features', f'{difference:.1e}'
     except InputError as error:
         return reached, str(error)
     except Exception as error:  # whatever it is, it is a row of the table
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        message = (str(error).splitlines() or [''])[0]
-        return reached, f'{type(error).__name__}: {message} ({Path(frame.filename).name})'
+        return reached, in_short(error)
+
+
+def in_short(error):
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    message = ' '.join(str(error).split())
+    return f'{type(error).__name__}: {message[:150]} ({Path(frame.filename).name})'
+
+
+def model_of(path):
+    """Text that configs with the same model have in common."""
+    try:
+        config = Config.fromfile(path)
+    except Exception:
+        return str(path)  # tried, and reported, alone
+    given = Config({name: config.get(name) for name in ('model', 'data_preprocessor')})
+    return json.dumps(given.to_dict(), sort_keys=True, default=str)
 
 
 def flat(features):
@@ -103,9 +126,7 @@ def main():
     for path in sorted(root.glob('*/*.py')):
         name = path.relative_to(root).as_posix()
         if path.parent.name != '_base_' and any(fnmatch.fnmatch(name, p) for p in args.patterns):
-            config = Config.fromfile(path)
-            model = Config(dict(model=config.get('model'), data=config.get('data_preprocessor')))
-            alike[json.dumps(model.to_dict(), sort_keys=True, default=str)].append(name)
+            alike[model_of(path)].append(name)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     index, count = map(int, args.shard.split('/'))
     log = args.out_dir / 'results.jsonl'
