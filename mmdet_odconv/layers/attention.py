@@ -57,9 +57,9 @@ def hidden_channels(in_channels: int, reduction: float, at_least: int) -> int:
 
 
 class KernelAttention(nn.Module):
-    """Attention over the kernels of a bank and nothing else, from the pooled input.
+    """Attention over the kernels of a bank and nothing else, from the input's average.
 
-    Pool -> (fc -> ReLU ->) kernel_fc -> gate, where DyConv and CondConv differ in the hidden layer
+    (fc -> ReLU ->) kernel_fc -> gate, where DyConv and CondConv differ in the hidden layer
     and in the gate.
 
     Args:
@@ -88,11 +88,9 @@ class KernelAttention(nn.Module):
         self.kernel_fc.reset_to_zero()
         return 1.0 if self.gate == 'softmax' else self.kernel_fc.out_channels / 2
 
-    def forward(self, x: Tensor, temperature: float) -> Dict[str, Tensor]:
-        """Kernel attention of x, (B, Cin, H, W), as ``dynamic_conv2d`` takes it."""
-        hidden = F.adaptive_avg_pool2d(x, 1).flatten(1)
-        if self.fc is not None:
-            hidden = F.relu(self.fc(hidden))
+    def forward(self, average: Tensor, temperature: float) -> Dict[str, Tensor]:
+        """Kernel attention of maps with this average, (B, Cin), as ``dynamic_conv2d`` takes it."""
+        hidden = average if self.fc is None else F.relu(self.fc(average))
         logits = self.kernel_fc(hidden) / temperature
         return dict(kernel_attention=logits.softmax(1) if self.gate == 'softmax' else
                     logits.sigmoid())

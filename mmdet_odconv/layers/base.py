@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..ops import dynamic_conv2d
+from ..ops import dynamic_conv2d, with_average
 
 Size2d = Union[int, Tuple[int, int]]
 
@@ -17,8 +17,8 @@ PERTURBATION = 0.1
 class DynamicConv2d(nn.Module):
     """Convolution whose kernel is mixed, for each image, from a bank by attention.
 
-    A subclass sets ``self.attention``, a module that maps the input (B, Cin, H, W) and the
-    temperature to the attentions that :func:`~mmdet_odconv.ops.dynamic_conv2d` takes; and
+    A subclass sets ``self.attention``, a module that maps the input's global average, (B, Cin),
+    and the temperature to the attentions that :func:`~mmdet_odconv.ops.dynamic_conv2d` takes; and
     ``mixes_bias`` where the paper mixes the bias, too, from a bank, (n, Cout).
 
     It is deliberately no subclass of :class:`torch.nn.Conv2d`: code that initialises, fuses or
@@ -180,7 +180,8 @@ class DynamicConv2d(nn.Module):
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f'{type(self).__name__} expects an input of shape '
                              f'(B, {self.in_channels}, H, W), got {tuple(x.shape)}')
-        attentions: Dict[str, Tensor] = self.attention(x, self.temperature)
+        x, average = with_average(x)
+        attentions: Dict[str, Tensor] = self.attention(average, self.temperature)
         padding = self.padding
         if self.padding_mode != 'zeros':
             x = F.pad(x, self._pad_widths, mode=self.padding_mode)

@@ -84,30 +84,47 @@ class DCDConv2d(DynamicConv2d):
         nn.init.normal_(self.p, std=self.p.shape[1]**-0.5)
 
     def convolve(self, x: Tensor, padding, *, fusion: Tensor, filter_attention: Tensor) -> Tensor:
-        if not self.fuses_elements:
-            static = super().convolve(x, padding, filter_attention=filter_attention)
-            return self._add_fused_channels(static, x, fusion)
-        if len(x) == 0:  # and no kernel; yet every parameter must stay in the graph
-            static = super().convolve(x, padding, filter_attention=filter_attention)
-            return static + (fusion.sum() + self.p.sum() + self.q.sum())
-        kernels = filter_attention[:, :, None, None, None] * self.weight
-        kernels = kernels + (self.p @ fusion @ self.q.T).view_as(kernels)
-        output = dynamic_conv2d(x.reshape(1, -1, *x.shape[2:]), kernels.flatten(0, 1)[None], None,
-                                self.stride, padding, self.dilation, len(x) * self.groups)
-        output = output.view(len(x), -1, *output.shape[2:])
+        pixels = math.prod(x.shape[2:]) // math.prod(self.stride)
+        if len(x) > 0 and (self.fuses_elements or self.weight[0, 0].numel() <= pixels):
+            output = self._convolve_each(x, padding, fusion, filter_attention)
+        else:
+            # The kernels are larger than the maps: one static kernel serves all images.
+            static = F.conv2d(x, self.weight[0], None, self.stride, padding, self.dilation,
+                              self.groups)
+            output = static * filter_attention[:, :, None, None].to(static.dtype)
+            if self.fuses_elements:  # no image has a kernel, but all parameters stay in the graph
+                output = output + (fusion.sum() + self.p.sum() + self.q.sum())
+            else:
+                output = self._add_fused_channels(output, x, fusion)
         return output if self.bias is None else output + self.bias.to(output.dtype)[:, None, None]
 
+    def _convolve_each(self, x: Tensor, padding, fusion: Tensor, scale: Tensor) -> Tensor:
+        """Convolve each image with its own Lambda W0 + P Phi Q^T."""
+        kernels = scale[:, :, None, None, None] * self.weight
+        if self.fuses_elements:
+            kernels = kernels + (self.p @ fusion @ self.q.T).view_as(kernels)
+        else:
+            fused = self._expand(fusion) @ self.q.view(self.groups, -1, self.p.shape[1]).mT
+            around = [n for k in reversed(self.kernel_size) for n in (k // 2, k - 1 - k // 2)]
+            kernels = kernels + F.pad(fused.flatten(1, 2)[..., None, None], around)
+        output = dynamic_conv2d(x.reshape(1, -1, *x.shape[2:]), kernels.flatten(0, 1)[None], None,
+                                self.stride, padding, self.dilation, len(x) * self.groups)
+        return output.view(len(x), -1, *output.shape[2:])
+
     def _add_fused_channels(self, static: Tensor, x: Tensor, fusion: Tensor) -> Tensor:
-        """static + P Phi Q^T x on the maps, where it is cheaper than P Phi Q^T in the kernels."""
+        """static + P Phi Q^T x, by two thin products on the maps."""
         batch, groups, latent = len(x), self.groups, self.p.shape[1]
         squeeze = self.q.view(groups, -1, latent).mT.reshape(groups * latent, -1, 1, 1)
         z = F.conv2d(self._centres(x, static.shape[2:]), squeeze, None, self.stride, groups=groups)
-        expand = self.p.view(groups, -1, latent) @ fusion[:, None]
         pixels = math.prod(static.shape[2:])
         output = torch.baddbmm(
-            static.reshape(batch * groups, len(self.p) // groups, pixels), expand.flatten(0, 1),
-            z.reshape(batch * groups, latent, pixels))
+            static.reshape(batch * groups, len(self.p) // groups, pixels),
+            self._expand(fusion).flatten(0, 1), z.reshape(batch * groups, latent, pixels))
         return output.view(static.shape)
+
+    def _expand(self, fusion: Tensor) -> Tensor:
+        """P Phi, (B, groups, Cout / groups, L)."""
+        return self.p.view(self.groups, -1, self.p.shape[1]) @ fusion[:, None]
 
     def _centres(self, x: Tensor, size: Tuple[int, int]) -> Tensor:
         """x cut or padded so that a 1x1 convolution of the stride reads the kernel's centres."""
@@ -121,9 +138,9 @@ class DCDConv2d(DynamicConv2d):
 
 
 class DCDAttention(nn.Module):
-    """The dynamic branch of DCD (Fig. 2 of the paper): Lambda and Phi from the pooled input.
+    """The dynamic branch of DCD (Fig. 2 of the paper): Lambda and Phi from the input's average.
 
-    Pool -> fc -> ReLU -> one fc each. Lambda's activation, relu6(v + 3) / 3, is the release's;
+    fc -> ReLU -> one fc each. Lambda's activation, relu6(v + 3) / 3, is the release's;
     Phi is linear.
     """
 
@@ -147,9 +164,9 @@ class DCDAttention(nn.Module):
         self.fusion_fc.reset_to_zero()
         return 1.0
 
-    def forward(self, x: Tensor, temperature: float) -> Dict[str, Tensor]:
-        """Lambda, (B, Cout), and Phi, (B, L, L), of x, (B, Cin, H, W)."""
-        hidden = F.relu(self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1)))
+    def forward(self, average: Tensor, temperature: float) -> Dict[str, Tensor]:
+        """Lambda, (B, Cout), and Phi, (B, L, L), of maps with this average, (B, Cin)."""
+        hidden = F.relu(self.fc(average))
         scale = F.relu6(self.filter_fc(hidden) / temperature + 3) / 3
         fusion = self.fusion_fc(hidden).unflatten(1, (self.latent, self.latent))
         return dict(filter_attention=scale, fusion=fusion)

@@ -97,22 +97,25 @@ class ODAttention(nn.Module):
             fc.reset_to_zero()
         return 0.5**len(gates)
 
-    def forward(self, x: Tensor, temperature: float) -> Dict[str, Tensor]:
-        """Attentions of x, (B, Cin, H, W), as keyword arguments of ``dynamic_conv2d``."""
-        hidden = self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
-        hidden = F.relu(self._normalise(hidden[:, :, None, None])).flatten(1)
-
-        def logits(fc: PooledLinear) -> Tensor:
-            return fc(hidden) if temperature == 1 else fc(hidden) / temperature
-
-        attentions = dict(channel_attention=logits(self.channel_fc).sigmoid())
-        if self.filter_fc is not None:
-            attentions['filter_attention'] = logits(self.filter_fc).sigmoid()
+    def forward(self, average: Tensor, temperature: float) -> Dict[str, Tensor]:
+        """Attentions of maps with this average, (B, Cin), as arguments of ``dynamic_conv2d``."""
+        hidden = F.relu(self._normalise(self.fc(average)[:, :, None, None])).flatten(1)
+        heads = {name: fc for name, fc in (
+            ('channel_attention', self.channel_fc), ('filter_attention', self.filter_fc),
+            ('spatial_attention', self.spatial_fc), ('kernel_attention', self.kernel_fc))
+            if fc is not None}
+        # One product for all heads, and one sigmoid: on maps this small a launch is what costs.
+        logits = F.linear(hidden, torch.cat([fc.weight for fc in heads.values()]).flatten(1),
+                          torch.cat([fc.bias for fc in heads.values()]))
+        if temperature != 1:
+            logits = logits / temperature
+        widths = [fc.out_channels for fc in heads.values()]
+        attentions = dict(zip(heads, logits.sigmoid().split(widths, 1)))
         if self.spatial_fc is not None:
-            spatial = logits(self.spatial_fc).sigmoid()
+            spatial = attentions['spatial_attention']
             attentions['spatial_attention'] = spatial.unflatten(1, self.kernel_size)
         if self.kernel_fc is not None:
-            attentions['kernel_attention'] = logits(self.kernel_fc).softmax(1)
+            attentions['kernel_attention'] = logits[:, -widths[-1]:].softmax(1)
         return attentions
 
     def _normalise(self, x: Tensor) -> Tensor:

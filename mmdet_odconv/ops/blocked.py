@@ -3,8 +3,8 @@
 Where the kernels are larger than the maps, mixing B of them costs more memory traffic than the
 convolution itself. Here a block of rows of all B kernels is mixed, used and forgotten while it is
 in the processor's cache: the bank is read once and no image's kernel ever exists whole. The
-channel and spatial attentions scale the patches, which are smaller than the kernels, and the
-filter attention scales the output.
+attentions of the input scale the patches or the kernels, the filter attention the output or the
+kernels, whichever are fewer.
 """
 from typing import Optional
 
@@ -12,10 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .folded import differentiable_gradients
-
-# Mixed rows of all images, in bytes: what a core's second-level cache holds with room to spare.
-BLOCK_BYTES = 2**22
+from .folded import (KernelGradients, as_matrices, differentiable_gradients, fold, gate_gradients,
+                     mix, row_blocks)
 
 # Output pixels below which computing the output again beats two passes over the mixed kernels.
 RECOMPUTED_PIXELS = 96
@@ -30,117 +28,83 @@ class BlockedConv(torch.autograd.Function):
         ctx.save_for_backward(input, weight, kernel_attention, spatial_attention,
                               channel_attention, filter_attention)
         ctx.geometry = stride, padding, dilation
-        size = output_size(input, weight, stride, padding, dilation)
+        a, batch = kernel_attention, len(input)
         columns = patches(input, weight, stride, padding, dilation)
-        gate = column_gate(weight, spatial_attention, channel_attention)
-        if gate is not None:
-            columns = columns * gate
-        bank = weight.flatten(2)
-        if kernel_attention is None:
-            output = bank[0] @ columns
-        else:
-            output = columns.new_empty(len(input), bank.shape[1], columns.shape[2])
-            for rows in row_blocks(bank, len(input)):
-                torch.bmm(mix_rows(bank, kernel_attention, rows), columns, out=output[:, rows])
-        if filter_attention is not None:
-            output *= filter_attention[:, :, None]
-        return output.view(len(input), -1, *size)
+        bank, *factors = as_matrices(weight, spatial_attention, channel_attention,
+                                     filter_attention, 1)
+        column_gate, output_factor, gate, f = where_to_scale(*factors, columns, bank)
+        if column_gate is not None:
+            columns = columns * column_gate
+        output = columns.new_empty(batch, bank.shape[2], columns.shape[2])
+        for rows in row_blocks(bank, batch):
+            kernels = mix(bank[:, :, rows], a, batch)
+            kernels = fold(kernels, gate, None if f is None else f[:, :, rows], a is not None)
+            torch.bmm(kernels[:, 0], columns, out=output[:, rows])
+        if output_factor is not None:
+            output *= output_factor
+        size = output_size(input, weight, stride, padding, dilation)
+        return output.view(batch, -1, *size)
 
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled():
             return (*differentiable_gradients(ctx, grad, *ctx.geometry, 1), None, None, None)
         input, weight, a, s, c, f = ctx.saved_tensors
-        geometry = ctx.geometry
-        batch, bank = len(input), weight.flatten(2)
-        grad = grad.reshape(batch, bank.shape[1], -1)
-        raw_columns = patches(input, weight, *geometry)
-        gate = column_gate(weight, s, c)
-        columns = raw_columns if gate is None else raw_columns * gate
-        needs_input = ctx.needs_input_grad[0] or gate is not None
-        needs_kernels = any(ctx.needs_input_grad[i] for i in (1, 2, 5))
-        scaled = grad if f is None else grad * f[:, :, None]
+        batch = len(input)
+        grad = grad.reshape(batch, weight.shape[1], -1)
+        raw_columns = patches(input, weight, *ctx.geometry)
+        bank, all_gate, all_f = as_matrices(weight, s, c, f, 1)
+        column_gate, output_factor, gate, row_f = where_to_scale(all_gate, all_f, raw_columns, bank)
+        columns = raw_columns if column_gate is None else raw_columns * column_gate
+        needs_columns = ctx.needs_input_grad[0] or column_gate is not None
+        needs_kernels = any(ctx.needs_input_grad[i] for i in (1, 2, 5)) or gate is not None
         # A map this small costs less to compute again than a pass over all kernels for f's sake.
-        recompute = f is not None and columns.shape[2] < RECOMPUTED_PIXELS
-        shared = a is None and (f is None or recompute)
+        recompute = output_factor is not None and columns.shape[2] < RECOMPUTED_PIXELS
+        grad_f = torch.empty_like(f) if recompute else None
+        gradients = KernelGradients(bank, a, gate, None if recompute else all_f, batch,
+                                    ctx.needs_input_grad[1]) if needs_kernels else None
         grad_columns = None
-        if needs_input:
-            grad_columns = bank[0].mT @ scaled if a is None else torch.zeros_like(columns)
-        grad_bank = bank.new_empty(bank.shape) if ctx.needs_input_grad[1] else None
-        grad_a = None if a is None else torch.zeros_like(a)
-        grad_f = None if f is None else torch.empty_like(f)
-        if shared and needs_kernels:
-            if f is not None:
-                grad_f = (grad * (bank[0] @ columns)).sum(-1)
-            if grad_bank is not None:
-                torch.mm(scaled.transpose(0, 1).flatten(1), columns.transpose(0, 1).flatten(1).mT,
-                         out=grad_bank[0])
-        for rows in () if shared else row_blocks(bank, batch):
-            kernels = mix_rows(bank, a, rows)
-            if needs_input and a is not None:
-                grad_columns.baddbmm_(kernels.mT, scaled[:, rows])
-            if not needs_kernels:
-                continue
-            if f is None or recompute:
-                grad_kernels = scaled[:, rows] @ columns.mT
-            else:
-                grad_kernels = grad[:, rows] @ columns.mT
+        for rows in row_blocks(bank, batch):
+            mixed = mix(bank[:, :, rows], a, batch)
+            kernels = fold(mixed, gate, None if row_f is None else row_f[:, :, rows])[:, 0]
+            grad_rows = grad[:, rows]
+            scaled = grad_rows if output_factor is None else grad_rows * output_factor[:, rows]
+            if needs_columns:
+                grad_columns = (kernels.mT @ scaled if grad_columns is None else
+                                grad_columns.baddbmm_(kernels.mT, scaled))
             if recompute:
-                grad_f[:, rows] = (grad[:, rows] * (kernels @ columns)).sum(-1)
-            elif f is not None:
+                grad_f[:, rows] = (grad_rows * (kernels @ columns)).sum(-1)
+            if needs_kernels:
                 # Before it is scaled by f: no gradient is ever divided by an attention.
-                grad_f[:, rows] = torch.linalg.vecdot(grad_kernels, kernels)
-                grad_kernels *= f[:, rows, None]
-            if a is None:
-                if grad_bank is not None:
-                    torch.sum(grad_kernels, 0, out=grad_bank[0, rows])
-                continue
-            flat = grad_kernels.flatten(1)
-            if grad_bank is not None:
-                torch.mm(a.mT, flat, out=grad_bank[:, rows].flatten(1))
-            grad_a.addmm_(flat, bank[:, rows].flatten(1).mT)
-        grad_s = grad_c = None
-        if gate is not None:
-            grad_gate = (grad_columns * raw_columns).sum(-1).view(batch, *weight.shape[2:])
-            if s is not None:
-                channels = 1 if c is None else c[:, :, None, None]
-                grad_s = (grad_gate * channels).sum(1)
-            if c is not None:
-                spatial = 1 if s is None else s[:, None]
-                grad_c = (grad_gate * spatial).sum((2, 3))
-            grad_columns *= gate
+                grad_kernels = (scaled if recompute else grad_rows) @ columns.mT
+                gradients.add(rows, grad_kernels[:, None], mixed)
+        grads = (None, ) * 5
+        if needs_kernels:
+            grads = gradients.of(weight, s, c, None if recompute else f)
+        grad_weight, grad_a, grad_s, grad_c, folded_grad_f = grads
+        if column_gate is not None:
+            grad_gate = (grad_columns * raw_columns).sum(-1)
+            grad_s, grad_c = gate_gradients(grad_gate, weight, s, c)
+            grad_columns *= column_gate
         grad_input = None
         if ctx.needs_input_grad[0]:
-            grad_input = patches_gradient(grad_columns, input, weight, *geometry)
-        grad_weight = None if grad_bank is None else grad_bank.view_as(weight)
-        return grad_input, grad_weight, grad_a, grad_s, grad_c, grad_f, None, None, None
+            grad_input = patches_gradient(grad_columns, input, weight, *ctx.geometry)
+        return (grad_input, grad_weight, grad_a, grad_s, grad_c,
+                grad_f if recompute else folded_grad_f, None, None, None)
 
 
-def row_blocks(bank: Tensor, batch: int):
-    """Slices of output channels whose kernels, for all images, fit the cache."""
-    out_channels, columns = bank.shape[1:]
-    rows = max(8, BLOCK_BYTES // (batch * columns * bank.element_size()))
-    return (slice(first, min(first + rows, out_channels)) for first in range(0, out_channels, rows))
+def where_to_scale(gate: Optional[Tensor], f: Optional[Tensor], columns: Tensor, bank: Tensor):
+    """Each factor, or None: gate of the patches, f of the output, gate and f of the kernels.
 
-
-def mix_rows(bank: Tensor, kernel_attention: Optional[Tensor], rows: slice) -> Tensor:
-    """Rows of the kernels of all images, (B, r, Cin * kh * kw), or (1, r, ...) of a bank of one."""
-    if kernel_attention is None:
-        return bank[:, rows]
-    mixed = kernel_attention @ bank[:, rows].flatten(1)
-    return mixed.view(len(kernel_attention), -1, bank.shape[2])
-
-
-def column_gate(weight: Tensor, s: Optional[Tensor], c: Optional[Tensor]) -> Optional[Tensor]:
-    """c and s as one factor of the patches, (B, Cin * kh * kw, 1)."""
-    if s is None and c is None:
-        return None
-    factors = 1
-    if c is not None:
-        factors = c[:, :, None, None]
-    if s is not None:
-        factors = factors * s[:, None]
-    return factors.expand(-1, *weight.shape[2:]).flatten(1)[:, :, None]
+    Kernels are (rows, I), patches (I, L), outputs (rows, L): the smaller of two is scaled.
+    """
+    rows, inner, pixels = *bank.shape[2:], columns.shape[2]
+    column_gate = output_factor = None
+    if gate is not None and pixels < rows:
+        column_gate, gate = gate[:, 0].mT, None
+    if f is not None and pixels < inner:
+        output_factor, f = f[:, 0, :, None], None
+    return column_gate, output_factor, gate, f
 
 
 def output_size(input, weight, stride, padding, dilation):

@@ -55,20 +55,24 @@ def dynamic_conv2d(input: Tensor,
                   filter_attention)
     input, padding = _resolve_padding(input, weight, stride, padding, dilation)
     stride, dilation = _pair(stride), _pair(dilation)
-    dtype = _compute_dtype(input)
-    input, weight, *attentions = (
-        None if t is None else t.to(dtype)
-        for t in (input, weight, kernel_attention, spatial_attention, channel_attention,
-                  filter_attention))
-    with torch.autocast(input.device.type, enabled=False):
-        if len(input) == 0:
-            output = _empty_batch(input, weight, *attentions, stride, padding, dilation, groups)
-        else:
-            plan = _forced_plan or choose_plan(input, weight, stride, padding, dilation, groups)
-            output = PLANS[plan](input, weight, *attentions, stride, padding, dilation, groups)
-        if bias is not None:
-            output = output + bias.to(dtype)[:, None, None]
-    return output
+    tensors = (input, weight, kernel_attention, spatial_attention, channel_attention,
+               filter_attention)
+    if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(input.device.type)
+        tensors = [None if t is None else t.to(dtype) for t in tensors]
+        with torch.autocast(input.device.type, enabled=False):
+            output = _run(*tensors, stride, padding, dilation, groups)
+    else:
+        output = _run(*tensors, stride, padding, dilation, groups)
+    return output if bias is None else output + bias.to(output.dtype)[:, None, None]
+
+
+def _run(input, *arguments) -> Tensor:
+    if len(input) == 0:
+        return _empty_batch(input, *arguments)
+    weight, (stride, padding, dilation, groups) = arguments[0], arguments[5:]
+    plan = _forced_plan or choose_plan(input, weight, stride, padding, dilation, groups)
+    return PLANS[plan](input, *arguments)
 
 
 def _folded(input, weight, a, s, c, f, stride, padding, dilation, groups) -> Tensor:
@@ -123,13 +127,6 @@ def _empty_batch(input, weight, a, s, c, f, stride, padding, dilation, groups) -
         if attention is not None:
             output = output + attention.sum()
     return output
-
-
-def _compute_dtype(input: Tensor) -> torch.dtype:
-    kind = input.device.type
-    if torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return input.dtype
 
 
 def _pair(value: Size2d) -> Tuple[int, int]:

@@ -319,9 +319,10 @@ def test_mobilenet_v3_returns_strides_4_to_32(arch, dynamic, channels):
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
 
 
-def test_mobilenet_v3_arguments():
-    model = MobileNetV3('large', out_indices=(0, 16), frozen_stages=1, norm_eval=True,
-                        with_cp=True).train()
+@pytest.mark.parametrize('cls', [MobileNetV3, DyMobileNetV3])
+def test_mobilenet_v3_arguments(cls):
+    model = cls('large', out_indices=(0, 16), frozen_stages=1, norm_eval=True,
+                with_cp=True).train()
     assert [y.shape[1] for y in model(torch.randn(1, 3, 32, 32))] == [16, 960]
     for name, p in model.named_parameters():
         assert p.requires_grad == (not name.startswith(('layer0.', 'layer1.')))
@@ -331,7 +332,17 @@ def test_mobilenet_v3_arguments():
             (dict(out_indices=(13,)), r'out_indices must be from 0 to 12, got \(13,\)'),
             (dict(frozen_stages=13), 'frozen_stages must be from -1 to 12, got 13')):
         with pytest.raises(ValueError, match=message):
-            MobileNetV3(**arguments)
+            cls(**arguments)
+
+
+def test_se_and_mobilenet_v3_name_their_tensors_as_mmpretrain_does():
+    with torch.device('meta'):
+        assert 'layer1.0.se_layer.conv1.conv.weight' in SEResNet(50).state_dict()
+        assert 'layer1.0.se_layer.conv2.conv.bias' in SEResNet(18).state_dict()
+        state = MobileNetV3('small').state_dict()
+    assert {'layer0.conv.weight', 'layer1.se.conv2.conv.bias', 'layer2.expand_conv.bn.bias',
+            'layer11.linear_conv.conv.weight', 'layer12.bn.running_var'} <= set(state)
+    assert state['layer1.se.conv1.conv.weight'].shape == (8, 16, 1, 1)
 
 
 @pytest.mark.parametrize(('se', 'static'), [

@@ -275,6 +275,25 @@ def test_dcd_begins_as_its_static_kernel(groups, kernel_size):
         layer(x), nn.functional.conv2d(x, layer.weight[0], layer.bias, 1, 1, 1, groups))
 
 
+@pytest.mark.parametrize('batch', [0, 1, 3])
+@pytest.mark.parametrize('groups', [1, 2])
+@pytest.mark.parametrize(('kernel_size', 'stride', 'padding', 'dilation'), [
+    (1, 1, 0, 1), (3, 2, 1, 1), (3, 1, 'same', 2), ((2, 5), (2, 1), (0, 3), (1, 2))])
+def test_dcd_is_the_same_on_maps_and_in_kernels(batch, groups, kernel_size, stride, padding,
+                                                dilation):
+    layer = randomised(DCDConv2d(8, 12, kernel_size, stride, padding, dilation, groups).double())
+    x = torch.randn(batch, 8, 12, 11, dtype=torch.float64)  # more pixels than the kernel has
+    attentions = layer.attention(x.mean((2, 3)), 1.0)
+    if batch:
+        expected = layer._convolve_each(x, layer.padding, attentions['fusion'],
+                                        attentions['filter_attention'])
+    static = nn.functional.conv2d(x, layer.weight[0], None, layer.stride, layer.padding,
+                                  layer.dilation, groups)
+    scaled = static * attentions['filter_attention'][:, :, None, None]
+    on_maps = layer._add_fused_channels(scaled, x, attentions['fusion'])
+    torch.testing.assert_close(on_maps, expected if batch else static)
+
+
 @pytest.mark.parametrize(('arguments', 'p', 'q'), [
     ((64, 256, 1), (256, 8), (64, 8)),           # 64 / 2^3
     ((256, 64, 3), (64, 8), (256, 8)),
@@ -289,7 +308,7 @@ def test_dcd_latent_widths_are_the_papers(arguments, p, q):
 
 
 def test_a_hotter_attention_is_more_uniform():
-    layer, x = DyConv2d(8, 12, 3), torch.randn(2, 8, 6, 6)
-    warm, hot = (layer.attention(x, t)['kernel_attention'] for t in (1.0, 1e4))
+    layer, average = DyConv2d(8, 12, 3), torch.randn(2, 8)
+    warm, hot = (layer.attention(average, t)['kernel_attention'] for t in (1, 1e4))
     torch.testing.assert_close(hot, torch.full((2, 4), 0.25), rtol=1e-2, atol=1e-3)
     assert (hot - 0.25).abs().max() < (warm - 0.25).abs().max()

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmdet_odconv.ops import blocked, dynamic_conv2d, force_plan
+from mmdet_odconv.ops import blocked, folded, dynamic_conv2d, force_plan
 from mmdet_odconv.ops.dynamic_conv import PLANS, choose_plan
 
 ATTENTIONS = ('kernel_attention', 'spatial_attention', 'channel_attention', 'filter_attention')
@@ -114,7 +114,7 @@ def call_with_everything(batch=3, n=2, cin=4, cout=20, size=6, kernel=3):
 @pytest.mark.parametrize('absent', [None, 'spatial_attention', 'filter_attention'])
 def test_blocks_of_rows_and_both_ways_to_the_filter_gradient(monkeypatch, n, recomputed_pixels,
                                                              absent):
-    monkeypatch.setattr(blocked, 'BLOCK_BYTES', 0)  # eight rows: three blocks of twenty
+    monkeypatch.setattr(folded, 'BLOCK_BYTES', 0)  # eight rows: three blocks of twenty
     monkeypatch.setattr(blocked, 'RECOMPUTED_PIXELS', recomputed_pixels)
     call = call_with_everything(n=n)
     call[absent] = None
