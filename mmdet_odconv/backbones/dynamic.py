@@ -2,12 +2,15 @@
 import re
 from typing import Optional
 
+from ..checkpoints import read_published_names
 from ..errors import InputError
 from ..layers import replace_convs
 
 
 class DynamicBackbone:
     """Mixin put before a backbone of MMDetection; the subclass names its dynamic convolutions.
+
+    Released weights load as they are, by any loader: see ``checkpoints/published.py``.
 
     Args:
         *args, **kwargs: those of the backbone that is extended.
@@ -47,4 +50,5 @@ class DynamicBackbone:
             raise InputError(f'dynamic_convs={pattern!r} matches the name of no convolution of '
                              f'{type(self).__name__}: give a regular expression for whole names, '
                              f'such as {self.dynamic_convs!r}.')
+        read_published_names(self)
         self._freeze_stages()  # the backbone froze the convolutions that were here before

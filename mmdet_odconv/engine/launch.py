@@ -1,4 +1,5 @@
 """Runs mmdet's own train and test scripts with the plugin registered and errors made plain."""
+import contextlib
 import difflib
 import errno
 import os
@@ -7,7 +8,7 @@ import runpy
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Iterator, Optional
 
 import mmdet
 from mmdet.datasets import CocoDataset
@@ -28,12 +29,19 @@ def run_mmdet_tool(name: str) -> None:
     script = Path(mmdet.__file__).parent / '.mim' / 'tools' / name
     if not script.is_file():
         script = Path(mmdet.__file__).parents[1] / 'tools' / name  # a source checkout
-    try:
+    with errors_explained():
         if not script.is_file():
             raise InputError(f"mmdet's {name} was found neither in {Path(mmdet.__file__).parent} "
                              'nor beside it: install mmdet from a wheel or a whole checkout.')
         _resolve_config(sys.argv)
         runpy.run_path(str(script), run_name='__main__')
+
+
+@contextlib.contextmanager
+def errors_explained() -> Iterator[None]:
+    """Exit with one sentence on a mistake that the user can mend."""
+    try:
+        yield
     except Exception as error:
         sentence = explain(error)
         if sentence is None:

@@ -35,6 +35,11 @@ class PooledLinear(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def reset_to_zero(self) -> None:
+        """Answer every input with zeros, and learn from there."""
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map pooled values x, (B, Cin), to (B, Cout)."""
         return F.linear(x, self.weight.flatten(1), self.bias)
@@ -77,6 +82,11 @@ class KernelAttention(nn.Module):
         """As when constructed, each of its layers by its own rule."""
         for module in self.children():
             module.reset_parameters()
+
+    def reset_to_constant(self) -> float:
+        """Answer every input alike; return how often the bank's mean is in the mixture."""
+        self.kernel_fc.reset_to_zero()
+        return 1.0 if self.gate == 'softmax' else self.kernel_fc.out_channels / 2
 
     def forward(self, average: Tensor, temperature: float) -> Dict[str, Tensor]:
         """Kernel attention of maps with this average, (B, Cin), as ``dynamic_conv2d`` takes it."""

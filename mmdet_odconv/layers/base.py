@@ -1,5 +1,5 @@
 """What every dynamic convolution layer shares: geometry, bank, initialisation, forward."""
-from typing import Dict, Tuple, Union
+from typing import Dict, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,9 @@ from ..errors import InputError
 from ..ops import dynamic_conv2d, with_average
 
 Size2d = Union[int, Tuple[int, int]]
+
+# Standard deviation of what sets the kernels of an inflated bank apart, relative to each weight.
+PERTURBATION = 0.1
 
 
 class DynamicConv2d(nn.Module):
@@ -36,6 +39,7 @@ class DynamicConv2d(nn.Module):
     output_padding = (0, 0)
 
     mixes_bias = False
+    takes_static = False  # whether a static kernel in a state dict is inflated, or refused
 
     def __init__(self,
                  in_channels: int,
@@ -104,6 +108,46 @@ class DynamicConv2d(nn.Module):
         self.reset_parameters()
         self.attention.reset_parameters()
 
+    @torch.no_grad()
+    def inflate(self, kernel: Tensor, bias: Optional[Tensor] = None) -> None:
+        """Compute what a static convolution computes, on every input, and learn from there.
+
+        The attention answers every input alike, which makes the mixture a multiple of the bank's
+        mean; the bank's kernels are the static one, divided by that multiple, plus random
+        perturbations of mean zero. Without those, equal kernels would get equal gradients, and
+        the attention over them none. The mean is exact in any dtype: kernels come in pairs whose
+        differences from the static one cancel, and the inverse of gates of 1/2 is a power of two.
+
+        Args:
+            kernel: (Cout, Cin/g, kh, kw).
+            bias: (Cout,); ``None`` for zero.
+
+        Raises:
+            ValueError: on other shapes, or a bias that the layer has no place for.
+        """
+        if kernel.shape != self.weight.shape[1:]:
+            raise ValueError(f'expected a static kernel of shape {tuple(self.weight.shape[1:])}, '
+                             f'got {tuple(kernel.shape)}')
+        if bias is not None and (self.bias is None or bias.shape != (self.out_channels,)):
+            raise ValueError(f'{type(self).__name__} with bias={self.bias is not None} and '
+                             f'{self.out_channels} output channels got a static bias of shape '
+                             f'{tuple(bias.shape)}')
+        multiple = self.attention.reset_to_constant()
+        kernel = kernel.to(self.weight)
+        noise = PERTURBATION * torch.randn_like(self.weight[:self.kernel_num // 2])
+        # Between one and two times the static weight, so that both subtractions are exact.
+        larger = kernel + kernel * noise.abs().clamp(max=1)
+        smaller = kernel - (larger - kernel)
+        pairs = (larger, smaller), (smaller, larger)
+        bank = torch.stack([torch.where(noise > 0, *pair) for pair in pairs], 1).flatten(0, 1)
+        if self.kernel_num % 2:
+            bank = torch.cat([bank, kernel[None]])
+        self.weight.copy_(bank / multiple)
+        if self.bias is not None:
+            self.bias.zero_()
+        if bias is not None:
+            self.bias.copy_(bias / multiple if self.mixes_bias else bias)
+
     def _apply(self, fn, *args, **kwargs):
         """Show ``fn`` the bank as one 4-D kernel: .to(memory_format=channels_last) knows no 5-D."""
 
@@ -116,14 +160,18 @@ class DynamicConv2d(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         weight = state_dict.get(prefix + 'weight')
-        if weight is not None and weight.shape != self.weight.shape:
+        if weight is not None and weight.shape == self.weight.shape[1:] and self.takes_static:
+            self.inflate(weight, state_dict.get(prefix + 'bias'))
+            state_dict.update(self.state_dict(prefix=prefix))
+        elif weight is not None and weight.shape != self.weight.shape:
             found = (f'a bank of kernel_num={len(weight)}, {tuple(weight.shape)}'
                      if weight.dim() == 5 else f'one static kernel, {tuple(weight.shape)}')
             # Raised, because MMEngine only logs what torch would collect, and trains on.
             raise InputError(
                 f'{prefix[:-1] or type(self).__name__} has a bank of '
                 f'kernel_num={self.kernel_num}, {tuple(self.weight.shape)}, but the checkpoint '
-                f'holds {found}: give weights of the same dynamic network, or none '
+                f'holds {found}: give weights of the same dynamic network, convert static ones '
+                "(init_cfg=dict(type='StaticPretrained', checkpoint=...)), or give none "
                 '(init_cfg=None, frozen_stages=-1) to train from scratch.')
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

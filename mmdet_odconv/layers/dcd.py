@@ -155,8 +155,13 @@ class DCDAttention(nn.Module):
         """Begin at Lambda = 1 and Phi = 0."""
         for module in self.children():
             module.reset_parameters()
-        nn.init.zeros_(self.filter_fc.weight)
-        nn.init.zeros_(self.fusion_fc.weight)
+        self.reset_to_constant()
+
+    def reset_to_constant(self) -> float:
+        """Answer every input with Lambda = 1 and Phi = 0; return that Lambda."""
+        self.filter_fc.reset_to_zero()
+        self.fusion_fc.reset_to_zero()
+        return 1.0
 
     def forward(self, average: Tensor, temperature: float) -> Dict[str, Tensor]:
         """Lambda, (B, Cout), and Phi, (B, L, L), of maps with this average, (B, Cin)."""

@@ -90,6 +90,13 @@ class ODAttention(nn.Module):
         for module in self.children():
             module.reset_parameters()
 
+    def reset_to_constant(self) -> float:
+        """Answer every input alike: kernels equally, gates at 1/2; return the product of gates."""
+        gates = [fc for fc in (self.channel_fc, self.filter_fc, self.spatial_fc) if fc is not None]
+        for fc in gates if self.kernel_fc is None else (*gates, self.kernel_fc):
+            fc.reset_to_zero()
+        return 0.5**len(gates)
+
     def forward(self, average: Tensor, temperature: float) -> Dict[str, Tensor]:
         """Attentions of maps with this average, (B, Cin), as arguments of ``dynamic_conv2d``."""
         hidden = F.relu(self._normalise(self.fc(average)))

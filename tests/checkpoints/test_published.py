@@ -1,11 +1,18 @@
+import copy
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.runner import load_checkpoint
 
 from mmdet_odconv import InputError, ODMobileNetV2, ODResNet
+
+ROOT = Path(__file__).parents[2]
 
 
 def build(name):
@@ -21,36 +28,157 @@ def published_shapes(data):
     return json.loads(gzip.decompress((data / 'published_checkpoint_keys.json.gz').read_bytes()))
 
 
-@pytest.mark.parametrize('name', [
+NAMES = [
     *(f'od_resnet{d}_{k}x' for d, k in ((18, 1), (18, 4), (50, 1), (50, 4), (101, 1), (101, 2))),
-    *(f'od_mobilenetv2_{w}_{k}x' for w in ('050', '075', '100') for k in (1, 4))])
-def test_every_published_tensor_has_its_place(data, name):
-    shapes = published_shapes(data)[name]
+    *(f'od_mobilenetv2_{w}_{k}x' for w in ('050', '075', '100') for k in (1, 4))]
+CLASSIFIER = {'fc.weight', 'fc.bias', 'classifier.1.weight', 'classifier.1.bias'}
+
+
+def published_state(data, name, prefix='module.'):
+    """A checkpoint of the published layout: every tensor filled with a value of its own."""
+    return {prefix + key: torch.tensor(float(i)).expand(shape)
+            for i, (key, shape) in enumerate(published_shapes(data)[name].items())}
+
+
+def values(state):
+    """The values that published_state gave, in the order of ``state``, without memory for them."""
+    return [float(tensor.flatten()[0]) for tensor in state.values()]
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_published_tensor_lands_where_it_should(data, name):
+    state = published_state(data, name)
     with torch.device('meta'):
         model = build(name)
-        published = {key: torch.empty(shape) for key, shape in shapes.items()}
-    missing, unexpected = model.load_state_dict(published, strict=False)
+    model.load_state_dict(state, strict=True, assign=True)
+    # The release registers its modules in MMDetection's order, which is known without any name.
+    ours = model.state_dict()
+    theirs = {key: t for key, t in state.items() if key[len('module.'):] not in CLASSIFIER}
+    assert len(theirs) == len(state) - 2
+    assert [t.shape for t in ours.values()] == [t.shape for t in theirs.values()]
+    assert values(ours) == values(theirs)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_published_tensor_changes_the_output(data, name):
+    model = build(name)
+    model.eval()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            # Positive wherever a ReLU could silence what is before it.
+            tensor.data = torch.rand_like(tensor) + 0.5 if tensor.dim() < 2 else (
+                torch.randn_like(tensor) / tensor[..., 0, 0].numel()**0.5)
+    model(torch.rand(1, 3, 32, 32))[-1].square().sum().backward()
+    # A BatchNorm's running mean and variance act where its bias and weight do.
+    silent = [key for key, tensor in model.named_parameters() if not tensor.grad.any()]
+    assert silent == []
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.', 'backbone.', 'module.backbone.'])
+@pytest.mark.parametrize('name', ['od_resnet18_1x', 'od_mobilenetv2_050_4x'])
+def test_every_loader_reads_every_prefix(data, tmp_path, name, prefix):
+    state = published_state(data, name, prefix)
+    if 'backbone' in prefix:
+        state[prefix.replace('backbone.', 'neck.') + 'weight'] = torch.ones(1)
+    models = [build(name) for _ in range(3)]
+    models[0].load_state_dict(state)
+    torch.save({'state_dict': state, 'epoch': 1, 'acc': 0.0, 'best_acc': 0.0, 'optimizer': {}},
+               tmp_path / 'od.pth.tar')
+    load_checkpoint(models[1], str(tmp_path / 'od.pth.tar'))
+    models[2].init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'od.pth.tar'))
+    models[2].init_weights()
+    copy.deepcopy(models[2]).load_state_dict(state)
+    expected = [float(t.flatten()[0]) for key, t in state.items()
+                if key[len(prefix):] not in CLASSIFIER and 'neck' not in key]
+    for model in models:
+        assert values(model.state_dict()) == expected
+
+
+@pytest.mark.parametrize(('config', 'name'), [
+    ('faster-rcnn_od-r50-k4', 'od_resnet50_4x'), ('mask-rcnn_od-r50-k4', 'od_resnet50_4x'),
+    ('faster-rcnn_od-mobilenet-v2-k4', 'od_mobilenetv2_100_4x'),
+    ('mask-rcnn_od-mobilenet-v2-k4', 'od_mobilenetv2_100_4x')])
+def test_published_detectors(data, config, name):
+    config = Config.fromfile(ROOT / f'configs/odconv/{config}_fpn_1x_coco.py')
+    with torch.device('meta'):
+        model = MODELS.build(config.model)
+    state = published_state(data, name, 'backbone.')
+    expected = [v for key, v in zip(state, values(state)) if key[len('backbone.'):]
+                not in CLASSIFIER]
+    for i, (key, tensor) in enumerate(model.state_dict().items()):
+        if not key.startswith(('backbone.', 'data_preprocessor.')):
+            state[key] = torch.tensor(-float(i)).expand(tensor.shape)
+            expected.append(-float(i))
+    model.load_state_dict(state, strict=True, assign=True)
+    assert values(model.state_dict()) == expected
+
+
+def test_a_published_detector_by_load_from(data, tmp_path):
+    config = Config.fromfile(ROOT / 'configs/odconv/faster-rcnn_od-mobilenet-v2-k1_fpn_1x_coco.py')
+    config.model.backbone.widen_factor = 0.5
+    config.model.neck.in_channels = [16, 16, 48, 1280]
+    model = MODELS.build(config.model)
+    state = published_state(data, 'od_mobilenetv2_050_1x', 'backbone.')
+    state.update((key, torch.full_like(tensor, -1.0)) for key, tensor in model.state_dict().items()
+                 if not key.startswith('backbone.'))
+    torch.save({'state_dict': state, 'meta': {'CLASSES': ('a',)}, 'optimizer': {}},
+               tmp_path / 'detector.pth')
+    load_checkpoint(model, str(tmp_path / 'detector.pth'), strict=True)
+    loaded = model.state_dict()
+    assert all(bool((t == -1).all()) for key, t in loaded.items() if not key.startswith('backbone'))
+    assert values({k: t for k, t in loaded.items() if k.startswith('backbone.')}) == [
+        v for key, v in zip(state, values(state))
+        if key.startswith('backbone.') and key[len('backbone.'):] not in CLASSIFIER]
+
+
+def test_one_line_says_what_was_loaded(data, tmp_path):
+    logger = MMLogger.get_instance('one-line', log_file=str(tmp_path / 'log'))
+    state = published_state(data, 'od_resnet18_1x', 'backbone.')
+    state['rpn_head.rpn_conv.weight'] = state['neck.bias'] = torch.ones(1)
+    model = build('od_resnet18_1x')
+    for _ in range(2):
+        model.load_state_dict(state)
+    logger.handlers[-1].flush()
+    line, = (tmp_path / 'log').read_text().splitlines()
+    assert line.endswith(
+        'ODResNet loads 312 of 316 tensors; left out: neck, rpn_head (rest of the network); '
+        'fc.weight, fc.bias (classifier).')
+
+
+@pytest.mark.parametrize(('name', 'model', 'message'), [
+    ('od_resnet50_1x', lambda: ODResNet(18, kernel_num=1),
+     'ODResNet has depth 18, but the checkpoint depth 50: give weights of the same network'),
+    ('od_resnet101_2x', lambda: ODResNet(50, kernel_num=4), 'has depth 50, but .* depth 101: '),
+    ('od_resnet18_1x', lambda: ODResNet(18, base_channels=32, kernel_num=1),
+     'ODResNet has width 32, but the checkpoint width 64: '),
+    ('od_mobilenetv2_050_4x', lambda: ODMobileNetV2(widen_factor=0.75),
+     'ODMobileNetV2 has widen_factor 0.75, but the checkpoint widen_factor 0.5: '),
+    ('od_mobilenetv2_050_4x', lambda: ODResNet(18),
+     'ODResNet has family ResNet, but the checkpoint family MobileNetV2: '),
+    ('od_mobilenetv2_050_4x', lambda: ODMobileNetV2(widen_factor=0.5, kernel_num=1),
+     r'layer1\.0\.\w+\.conv has a bank of kernel_num=1, .* kernel_num=4, '),
+])
+def test_weights_of_another_network_are_one_sentence(data, tmp_path, name, model, message):
+    torch.save({'state_dict': published_state(data, name)}, tmp_path / 'od.pth')
+    with pytest.raises(InputError, match=message) as error:
+        load_checkpoint(model(), str(tmp_path / 'od.pth'))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_three_stages_take_a_file_of_four(data):
+    model = ODResNet(50, kernel_num=1, num_stages=3, out_indices=(2,), strides=(1, 2, 2),
+                     dilations=(1, 1, 1))
+    missing, _ = model.load_state_dict(published_state(data, 'od_resnet50_1x'), strict=False)
     assert missing == []
-    assert set(unexpected) <= {'fc.weight', 'fc.bias', 'classifier.1.weight', 'classifier.1.bias'}
 
 
-def test_mobilenet_tensors_land_where_they_should(data, tmp_path):
-    shapes = published_shapes(data)['od_mobilenetv2_050_1x']
-    state = {f'module.{key}': torch.rand(shape) + 0.5 for key, shape in shapes.items()}
-    torch.save({'state_dict': state, 'epoch': 150}, tmp_path / 'od.pth.tar')
-    model = build('od_mobilenetv2_050_1x')
-    load_checkpoint(model, str(tmp_path / 'od.pth.tar'))
-    for ours, theirs in {
-            'conv1.conv.weight': 'features.0.0.weight', 'conv1.bn.bias': 'features.0.1.bias',
-            'layer1.0.depthwise_conv.conv.weight': 'features.1.conv.0.0.weight',
-            'layer1.0.linear_conv.bn.running_var': 'features.1.conv.2.running_var',
-            'layer2.1.expand_conv.conv.attention.fc.weight':
-            'features.3.conv.0.0.attention.fc.weight',
-            'layer4.3.depthwise_conv.bn.weight': 'features.10.conv.1.1.weight',
-            'layer7.0.linear_conv.conv.attention.bn.bias': 'features.17.conv.2.attention.bn.bias',
-            'conv2.conv.weight': 'features.18.0.weight', 'conv2.bn.weight': 'features.18.1.weight',
-    }.items():
-        torch.testing.assert_close(model.state_dict()[ours], state[f'module.{theirs}'])
+def test_weights_of_no_use_are_refused(data):
+    state = published_state(data, 'od_resnet18_1x')
+    with pytest.raises(InputError, match='none of the weights of ODResNet, its 2 tensors are a, b'):
+        ODResNet(18).load_state_dict(dict(a=torch.ones(1), b=torch.ones(1)), strict=False)
+    state['module.bn1.weight'] = torch.full((64,), float('nan'))
+    with pytest.raises(InputError, match=r'bn1\.weight of the checkpoint has 64 NaN or infinite'):
+        ODResNet(18, kernel_num=1).load_state_dict(state)
 
 
 @pytest.mark.parametrize(('weights', 'message'), [

@@ -1,0 +1,179 @@
+"""Names of released weights in MMDetection's backbones.
+
+The ODConv release names ResNets as MMDetection does and MobileNetV2 as torchvision does, with
+``module.`` before the names of its classifiers and ``backbone.`` before those of its detectors'
+backbones; the classifier stays in both.
+"""
+import collections
+import re
+from typing import Dict, List, Mapping, Optional, Tuple
+
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from ..errors import InputError
+
+CLASSIFIERS = ('fc', 'classifier')
+RESNET_BLOCKS = {
+    # (blocks a stage, whether they are bottlenecks): depth
+    ((1, 1, 1, 1), False): 10, ((2, 2, 2, 2), False): 18, ((3, 4, 6, 3), False): 34,
+    ((3, 4, 6, 3), True): 50, ((3, 4, 23, 3), True): 101, ((3, 8, 36, 3), True): 152,
+}
+MOBILENET_V2_STAGES = [f'layer{stage}.{block}'
+                       for stage, blocks in enumerate((1, 2, 3, 4, 3, 3, 1), 1)
+                       for block in range(blocks)]
+# Heads and norms that only one layer's attention has.
+LAYERS = {
+    'ODConv2d': 'attention.channel_fc.weight', 'DCDConv2d': 'attention.fusion_fc.weight',
+    'DyConv2d': 'attention.fc.weight', 'CondConv2d': 'attention.kernel_fc.weight',
+}
+
+
+def our_name(name: str) -> Optional[str]:
+    """Name in MMDetection's backbone of a tensor of the release or of torchvision.
+
+    Returns:
+        ``None`` for the classifier, which has no place there; names that are not torchvision's
+        of a MobileNetV2 as they are.
+    """
+    if name.split('.')[0] in CLASSIFIERS:
+        return None
+    found = re.fullmatch(r'features\.(\d+)\.([01])\.(.+)', name)
+    if found:  # the first and the last convolution, with their BatchNorms
+        index, kind, leaf = found.groups()
+        return f'{"conv1" if index == "0" else "conv2"}.{("conv", "bn")[int(kind)]}.{leaf}'
+    found = re.fullmatch(r'features\.(\d+)\.conv\.(\d)\.(.+)', name)
+    if not found or not 1 <= int(found[1]) <= len(MOBILENET_V2_STAGES):
+        return name
+    index, step, leaf = int(found[1]), int(found[2]), found[3]
+    convs = ('expand_conv', 'depthwise_conv', 'linear_conv')[index == 1:]
+    if step < len(convs) - 1:  # torchvision wraps all but the last, which has no activation
+        kind, _, leaf = leaf.partition('.')
+    else:
+        step, kind = len(convs) - 1, step - len(convs) + 1
+    return f'{MOBILENET_V2_STAGES[index - 1]}.{convs[step]}.{("conv", "bn")[int(kind)]}.{leaf}'
+
+
+def convert_published(state: Mapping[str, Tensor]) -> Tuple[Dict[str, Tensor], List[str]]:
+    """Released weights, of a classifier or of a detector, under MMDetection's names.
+
+    Returns:
+        The weights, and the names of the classifier's, which are left out.
+    """
+    state = strip_prefix(state, 'module.')
+    prefix = 'backbone.' if any(name.startswith('backbone.') for name in state) else ''
+    converted, left_out = {}, []
+    for name, tensor in state.items():
+        ours = name
+        if name.startswith(prefix):
+            ours = our_name(name[len(prefix):])
+            ours = None if ours is None else prefix + ours
+        if ours is None:
+            left_out.append(name)
+        else:
+            converted[ours] = tensor
+    return converted, left_out
+
+
+def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> Dict[str, Tensor]:
+    """``state`` with ``prefix`` taken off the names that begin with it."""
+    return {name[len(prefix):] if name.startswith(prefix) else name: tensor
+            for name, tensor in state.items()}
+
+
+def read_published_names(backbone: nn.Module) -> None:
+    """Let ``backbone`` load released weights as they are, by whichever loader they come.
+
+    Raises (when weights are loaded):
+        InputError: if they are of another network, with the values of both, or hold NaN.
+    """
+    backbone._register_load_state_dict_pre_hook(_rename, with_module=True)
+
+
+def _rename(backbone: nn.Module, state: Dict[str, Tensor], prefix: str, *_) -> None:
+    """Put our names in place of the released ones in ``state``, which torch loads from next."""
+    theirs = {name[len(prefix):]: state.pop(name) for name in list(state)
+              if name.startswith(prefix)}
+    if not theirs:
+        return
+    total = len(theirs)
+    theirs = strip_prefix(theirs, 'module.')
+    left_out = {}
+    if any(name.startswith('backbone.') for name in theirs):
+        rest = sorted({name.split('.')[0] for name in theirs} - {'backbone'})
+        if rest:
+            left_out['rest of the network'] = rest
+        theirs = {name[len('backbone.'):]: tensor for name, tensor in theirs.items()
+                  if name.startswith('backbone.')}
+    ours, classifier = convert_published(theirs)
+    own = backbone.state_dict()
+    _check_architecture(type(backbone).__name__, own, ours)
+    unknown = [name for name in ours if name not in own]
+    if len(unknown) == len(ours):
+        raise InputError(f'The checkpoint has none of the weights of {type(backbone).__name__}, '
+                         f'its {total} tensors are {few(list(theirs))}: give weights of the same '
+                         'network.')
+    check_finite(ours)
+    left_out.update({'classifier': classifier, 'unknown here': unknown})
+    message = f'{type(backbone).__name__} loads {len(ours) - len(unknown)} of {total} tensors'
+    reasons = [f'{few(names)} ({reason})' for reason, names in left_out.items() if names]
+    if reasons:
+        message += f'; left out: {"; ".join(reasons)}'
+    # A Runner's checks load a checkpoint before the Runner does.
+    if message != getattr(backbone, '_said_of_checkpoint', None):
+        backbone._said_of_checkpoint = message
+        print_log(f'{message}.', logger='current')
+    state.update({prefix + name: tensor for name, tensor in ours.items()})
+
+
+def check_finite(state: Mapping[str, Tensor]) -> None:
+    """InputError that names the first tensor with a NaN or infinite value."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
+            bad = int((~tensor.isfinite()).sum())
+            raise InputError(f'{name} of the checkpoint has {bad} NaN or infinite values, of '
+                             f'{tensor.numel()}: give one that was saved before training diverged.')
+
+
+def _check_architecture(kind: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    stages = {name.split('.')[0] for name in own}
+    given = {name: tensor for name, tensor in given.items() if name.split('.')[0] in stages}
+    ours, theirs = architecture(own), architecture(given)
+    for name, value in ours.items():
+        found = theirs.get(name, value)
+        if found != value:
+            raise InputError(f'{kind} has {name} {value}, but the checkpoint {name} {found}: give '
+                             'weights of the same network, or the config of these weights.')
+
+
+def architecture(state: Mapping[str, Tensor]) -> Dict[str, object]:
+    """What names and shapes tell of a ResNet or MobileNetV2; what they do not tell is absent.
+
+    The size of the bank is left to each layer's own check.
+    """
+    found: Dict[str, object] = {}
+    if 'layer1.0.conv1.weight' in state:
+        found['family'] = 'ResNet'
+        bottleneck = 'layer1.0.conv3.weight' in state
+        of_stage = collections.Counter(stage for stage, _ in {
+            tuple(name.split('.')[:2]) for name in state if name.startswith('layer')})
+        blocks = tuple(of_stage[stage] for stage in sorted(of_stage))
+        depths = [str(depth) for (of_depth, kind), depth in RESNET_BLOCKS.items()
+                  if kind == bottleneck and of_depth[:len(blocks)] == blocks]
+        found['depth'] = ' or '.join(depths) or f'of {blocks} blocks'
+        found['width'] = state['layer1.0.conv1.weight'].shape[-4]
+    elif 'layer1.0.depthwise_conv.conv.weight' in state:
+        found['family'] = 'MobileNetV2'
+        last = state.get('layer7.0.linear_conv.conv.weight')
+        if last is not None:
+            found['widen_factor'] = round(last.shape[-4] / 320, 2)
+    layer = next((layer for layer, head in LAYERS.items()
+                  if any(name.endswith(f'.{head}') for name in state)), None)
+    if layer is not None:
+        found['layer'] = layer
+    return found
+
+
+def few(names: List[str]) -> str:
+    """The first three names, and the number of the others."""
+    return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')

@@ -1,0 +1,149 @@
+"""A detector's config made one with a dynamic backbone."""
+import copy
+import inspect
+from pathlib import Path
+from typing import Dict, Iterator, Optional, Tuple
+
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.utils import get_installed_path
+from torch import nn
+
+from ..errors import InputError
+from .files import kept_meta, provenance
+
+SWAPS = {'ResNet': 'ODResNet', 'ResNetV1d': 'ODResNetV1d', 'ResNeXt': 'ODResNeXt',
+         'MobileNetV2': 'ODMobileNetV2'}
+
+
+def locate_config(name: str) -> Tuple[Path, str]:
+    """Path of a config given as a file or as ``mmdet::name``, and what ``_base_`` calls it.
+
+    Raises:
+        InputError: if there is none of that name.
+    """
+    package, found, config = name.rpartition('::')
+    if not found:
+        if not Path(name).is_file():
+            raise InputError(f'Config {name} does not exist: give a file, or mmdet::NAME for one '
+                             'of mmdet.')
+        return Path(name), str(Path(name).resolve())
+    if package != 'mmdet':
+        raise InputError(f'Config {name} is of package {package}: give a file, or mmdet::NAME.')
+    root = Path(get_installed_path(package)) / '.mim' / 'configs'
+    config = config[:-len('.py')] if config.endswith('.py') else config
+    paths = sorted(root.glob(f'{config}.py') if '/' in config else root.glob(f'*/{config}.py'))
+    if len(paths) != 1:
+        raise InputError(f'mmdet has {len(paths)} configs named {config}: give one of '
+                         f'{root.name}/ with its folder, such as '
+                         'mmdet::retinanet/retinanet_r50_fpn_1x_coco.')
+    return paths[0], f'{package}::{paths[0].relative_to(root).as_posix()}'
+
+
+def swap_backbone(config: Config, kernel_num: int = 4,
+                  init_cfg: Optional[str] = 'StaticPretrained') -> dict:
+    """What to merge into ``config.model`` so that its backbone is dynamic.
+
+    ResNet, ResNetV1d, ResNeXt and MobileNetV2 become their dynamic kind; another backbone gets
+    ODConv2d by ``conv_cfg`` if it takes one.
+
+    Args:
+        config: of a static detector; changed by nothing here.
+        kernel_num: number of kernels in each bank.
+        init_cfg: what a ``Pretrained`` of the backbone becomes; ``None`` initialises nothing.
+
+    Raises:
+        InputError: with the reason, if the backbone cannot be made dynamic.
+    """
+    init_default_scope(config.get('default_scope', 'mmdet'))
+    changes: dict = {}
+    for path, backbone in _backbones(config.get('model', {})):
+        part = changes
+        for key in path:
+            part = part.setdefault(key, {})
+        part.update(_change_of(backbone, kernel_num, init_cfg))
+    if not changes:
+        raise InputError('The config has no model with a backbone.')
+    return changes
+
+
+def _backbones(model: dict, path: Tuple[str, ...] = ()) -> Iterator[Tuple[Tuple[str, ...], dict]]:
+    """Backbones in a model, or in a detector that it wraps, each with the keys that lead to it."""
+    for key, value in model.items():
+        if isinstance(value, dict):
+            if key == 'backbone':
+                yield (*path, key), value
+            else:
+                yield from _backbones(value, (*path, key))
+
+
+def _change_of(backbone: dict, kernel_num: int, init_cfg: Optional[str]) -> Dict[str, object]:
+    kind = backbone['type']
+    if isinstance(kind, type):
+        raise InputError(f"{kind.__name__} is given as a class, as in MMEngine's pure Python "
+                         'configs, from which a text config cannot inherit: give a text config.')
+    with MODELS.switch_scope_and_registry(None) as registry:
+        cls = registry.get(kind)
+    if cls is None:
+        raise InputError(f'{kind} is registered nowhere: check it and custom_imports.')
+    name = cls.__name__
+    if name in SWAPS.values() or 'dynamic_convs' in vars(cls):
+        raise InputError(f'{name} is dynamic already.')
+    if backbone.get('conv_cfg') is not None:
+        raise InputError(f'{name} has conv_cfg={backbone["conv_cfg"]["type"]} already.')
+    if name in SWAPS:
+        change = dict(type=SWAPS[name], kernel_num=kernel_num)
+    elif any('conv_cfg' in inspect.signature(base.__init__).parameters for base in cls.__mro__
+             if issubclass(base, nn.Module)):
+        change = dict(conv_cfg=dict(type='ODConv2d', kernel_num=kernel_num))
+    else:
+        raise InputError(f'{name} takes no conv_cfg.')
+    given = backbone.get('init_cfg')
+    if init_cfg is None:
+        change['init_cfg'] = None
+    elif isinstance(given, dict) and given['type'] == 'Pretrained':
+        change['init_cfg'] = dict(given, type=init_cfg)
+    elif isinstance(given, (list, tuple)):
+        change['init_cfg'] = [dict(cfg, type=init_cfg) if cfg['type'] == 'Pretrained' else
+                              dict(cfg) for cfg in given]
+    return change
+
+
+def build_model(config: Config) -> nn.Module:
+    """The model of a config, with weights as constructed."""
+    init_default_scope(config.get('default_scope', 'mmdet'))
+    model = copy.deepcopy(config.model)  # some detectors change what they are given
+    if config.get('data_preprocessor') is not None:
+        model.setdefault('data_preprocessor', config.data_preprocessor)
+    return MODELS.build(model)
+
+
+def dynamic_config(config: Config, base: str, changes: dict, load_from: Optional[Path]) -> str:
+    """Text of a config that says only how it differs from its static ``base``."""
+    imports = config.get('custom_imports') or dict(imports=[], allow_failed_imports=False)
+    imports = dict(imports, imports=[*imports['imports'], 'mmdet_odconv'])
+    hooks = [hook.to_dict() for hook in config.get('custom_hooks') or []]
+    given = dict(custom_imports=imports, custom_hooks=[*hooks, dict(type='InputCheckHook')],
+                 model=_replacing(changes, config.model))
+    if load_from is not None:
+        given['load_from'] = str(load_from)
+    return f'_base_ = {base!r}\n\n{Config(given).pretty_text}'
+
+
+def _replacing(changes: dict, base: dict) -> dict:
+    """``changes`` that say where a dict replaces what is none in ``base``."""
+    marked = {}
+    for key, value in changes.items():
+        if isinstance(value, dict):
+            inside = base.get(key)
+            value = (_replacing(value, inside) if isinstance(inside, dict) else
+                     dict(_delete_=True, **value) if key in base else value)
+        marked[key] = value
+    return marked
+
+
+def converted(model: nn.Module, config: Config, checkpoint: dict, source: str, tool: str) -> dict:
+    """Checkpoint of ``model``, which was inflated from ``source``: no optimizer, own config."""
+    return dict(meta=dict(kept_meta(checkpoint), cfg=config.pretty_text,
+                          provenance=provenance(source, tool)),
+                state_dict=model.state_dict())

@@ -1,0 +1,65 @@
+"""Write the config of any detector of mmdet with its backbone made dynamic.
+
+    python swap_backbone.py CONFIG [--checkpoint static.pth] [--out dynamic.py]
+
+CONFIG is a file or mmdet::NAME. ResNet, ResNetV1d, ResNeXt and MobileNetV2 become ODResNet and so
+on; another backbone gets ODConv2d by conv_cfg if it takes one. With --checkpoint, the static
+detector's weights are converted beside the config, which loads them; without, ImageNet weights
+that the config starts from are converted when training starts.
+"""
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+
+from mmdet_odconv.checkpoints import load_static, read_weights, save_checkpoint
+from mmdet_odconv.checkpoints.files import refuse_existing, writing
+from mmdet_odconv.checkpoints.swapping import (
+    build_model,
+    converted,
+    dynamic_config,
+    locate_config,
+    swap_backbone,
+)
+from mmdet_odconv.engine.launch import errors_explained
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('config', metavar='CONFIG', help='a file, or mmdet::NAME')
+    parser.add_argument('--checkpoint', help='of the static detector, converted to OUT.pth')
+    parser.add_argument('--out', type=Path, help='config to write; NAME_odconv-kN.py if not given')
+    parser.add_argument('--kernel-num', type=int, default=4, help='number of kernels in each bank')
+    parser.add_argument('--force', action='store_true', help='replace outputs that exist')
+    parser.add_argument('--seed', type=int, default=0, help='of what the static weights leave free')
+    args = parser.parse_args()
+    with errors_explained():
+        path, base = locate_config(args.config)
+        out = args.out or Path(f'{path.stem}_odconv-k{args.kernel_num}.py')
+        weights = out.with_suffix('.pth')
+        refuse_existing(out, args.force)
+        config = Config.fromfile(path)
+        changes = swap_backbone(config, args.kernel_num,
+                                None if args.checkpoint else 'StaticPretrained')
+        if '::' not in base:
+            base = os.path.relpath(base, out.resolve().parent)
+        text = dynamic_config(config, base, changes, weights if args.checkpoint else None)
+        with writing(out, args.force) as temporary:
+            temporary.write_text(text)
+            dynamic = Config.fromfile(temporary)  # what is renamed is known to load and build
+            torch.manual_seed(args.seed)
+            model = build_model(dynamic)
+            if args.checkpoint:
+                refuse_existing(weights, args.force)
+                state, checkpoint = read_weights(args.checkpoint)
+                load_static(model, state, strict=True)
+                save_checkpoint(converted(model, dynamic, checkpoint, args.checkpoint,
+                                          Path(__file__).name), weights, args.force)
+        print(f'{out} is {args.config} with a dynamic backbone'
+              f'{f", starting from {weights}" if args.checkpoint else ""}.')
+
+
+if __name__ == '__main__':
+    main()
