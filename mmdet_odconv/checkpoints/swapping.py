@@ -89,12 +89,16 @@ def _change_of(backbone: dict, kernel_num: int, init_cfg: Optional[str]) -> Dict
     name = cls.__name__
     if name in SWAPS.values() or 'dynamic_convs' in vars(cls):
         raise InputError(f'{name} is dynamic already.')
-    if backbone.get('conv_cfg') is not None:
-        raise InputError(f'{name} has conv_cfg={backbone["conv_cfg"]["type"]} already.')
+    # mmdet's subclasses leave what they share to their bases' signatures.
+    conv_cfg = next((parameters['conv_cfg'] for parameters in (
+        inspect.signature(base.__init__).parameters for base in cls.__mro__)
+        if 'conv_cfg' in parameters), None)
+    static = backbone.get('conv_cfg', getattr(conv_cfg, 'default', None))
+    if isinstance(static, dict):
+        raise InputError(f'{name} has conv_cfg={static["type"]} already.')
     if name in SWAPS:
         change = dict(type=SWAPS[name], kernel_num=kernel_num)
-    elif any('conv_cfg' in inspect.signature(base.__init__).parameters for base in cls.__mro__
-             if issubclass(base, nn.Module)):
+    elif conv_cfg is not None:
         change = dict(conv_cfg=dict(type='ODConv2d', kernel_num=kernel_num))
     else:
         raise InputError(f'{name} takes no conv_cfg.')

@@ -160,6 +160,9 @@ def test_swap_a_config_of_mmdet(convert, tmp_path):
     ('mmdet::no-such', 'mmdet has 0 configs named no-such: '),
     ('no-such.py', 'Config no-such.py does not exist: '),
     (CONFIGS / 'odconv/faster-rcnn_od-r50-k1_fpn_1x_coco.py', 'ODResNet is dynamic already.'),
+    # Its own padding would be lost with it.
+    ('mmdet::retinanet_effb3_fpn_8xb4-crop896-1x_coco',
+     'EfficientNet has conv_cfg=Conv2dAdaptivePadding already.'),
     ('mmdet::detectors_cascade-rcnn_r50_1x_coco', 'DetectoRS_ResNet has conv_cfg=ConvAWS already.'),
 ])
 def test_configs_that_cannot_be_swapped(refused, config, message):
