@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -237,10 +238,6 @@ def describe(label, batch, size):
 
 def cases(args):
     """The cases asked for, built one at a time."""
-    if args.suite:
-        for name, kernel_num, batch, size in SUITE:
-            yield backbone_case(name, kernel_num, batch, size, args.device, DTYPES[args.dtype])
-        return
     for batch in args.batch:
         if args.kind == 'detector':
             yield detector_case(args, batch)
@@ -253,6 +250,28 @@ def cases(args):
                                     DTYPES[args.dtype], args.depth, args.widen_factor)
             else:
                 yield model_case(args, batch, kernel_num)
+
+
+def measure(args, modes, console):
+    for case in cases(args):
+        console.print(case.label, style='dim')
+        yield from case.run(modes, args.rounds)
+
+
+def suite(args):
+    """Records of SUITE, each case in a process of its own: in a used heap the next is slower."""
+    for i, (name, kernel_num, batch, size) in enumerate(SUITE):
+        out = args.out / 'suite' / str(i)
+        options = dict(kernel_num=kernel_num, batch=batch, mode=args.mode, device=args.device,
+                       dtype=args.dtype, rounds=args.rounds, out=out)
+        if args.threads:
+            options['threads'] = args.threads
+        command = [sys.executable, __file__, 'backbone', name, '--size', *map(str, size)]
+        for option, value in options.items():
+            command += [f'--{option.replace("_", "-")}', str(value)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        print(f'{i + 1} of {len(SUITE)}', flush=True)
+        yield from json.loads((out / 'benchmark.json').read_text())['records']
 
 
 def print_table(records, modes, machine, console):
@@ -359,10 +378,7 @@ def main():
     modes = ['inference', 'training'] if args.mode == 'both' else [args.mode]
     # A table cut to a pipe's 80 columns could not be read.
     console = Console() if sys.stdout.isatty() else Console(width=150)
-    records = []
-    for case in cases(args):
-        console.print(case.label, style='dim')
-        records += case.run(modes, args.rounds)
+    records = list(suite(args) if args.suite else measure(args, modes, console))
     machine = machine_name(torch.device(args.device).type)
     print_table(records, modes, machine, console)
     args.out.mkdir(parents=True, exist_ok=True)
