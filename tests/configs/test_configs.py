@@ -80,7 +80,7 @@ def test_metafiles_state_the_parameters_that_the_configs_have(folder):
 @pytest.mark.parametrize('name', NAMES)
 def test_trains_with_no_parameter_left_out_and_predicts(name):
     model = build(name)
-    is_dynamic = '_mobilenet-v2' not in name and not name.startswith('se/')
+    is_dynamic = re.search(r'_(se-\w+|mobilenet-v2|r18)[-.\w]*_fpn', name) is None
     assert any(isinstance(m, DynamicConv2d) for m in model.modules()) == is_dynamic
     model.train()
     data = demo_mm_inputs(2, [(3, 64, 64)] * 2, num_classes=10, with_mask='mask-rcnn' in name)

@@ -85,23 +85,11 @@ class Case:
         return self._clock() - start
 
     def saved_bytes(self, alternative):
-        """Bytes of the distinct storages that one forward pass keeps for backward."""
+        """Bytes that one forward pass in training mode keeps for backward."""
         model = self.models[alternative][0]
         model.train()
-        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        saved = {}
-
-        def pack(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), \
-                self._plan(alternative):
-            outputs = self._outputs(model)
-        del outputs
-        return sum(saved.values())
+        with self._plan(alternative):
+            return saved_bytes(model, lambda: self._outputs(model))
 
     def peak_bytes(self, alternative):
         """CUDA bytes that a training step takes at its peak beyond parameters and input.
@@ -146,6 +134,23 @@ class Case:
                 record[f'to_{other}'] = {
                     key: record[key] / base[key] for key in (*modes, 'saved') if record.get(key)}
         return records
+
+
+def saved_bytes(model, forward):
+    """Bytes of the distinct storages, beyond parameters, that a call keeps for backward."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = forward()  # held, so that no storage is freed and its address used again
+    del outputs
+    return sum(saved.values())
 
 
 def layer_case(args, batch, kernel_num):

@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 import matplotlib
-from get_model_stats import model_stats
+from get_model_stats import detector_stats
 from mmengine.config import Config
 from report import read_scalars
 from rich.console import Console
@@ -31,6 +31,7 @@ from rich.progress import track
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
 
+from mmdet_odconv import InputError  # noqa: E402
 from mmdet_odconv.engine.launch import find_config  # noqa: E402
 
 TRAIN = Path(__file__).parents[1] / 'train.py'
@@ -38,13 +39,17 @@ TRAIN = Path(__file__).parents[1] / 'train.py'
 
 def equal_budget(config, epochs, seed):
     """The config, trained for so many epochs, evaluated once, with this seed."""
-    images = len(json.loads(
-        (Path(config.data_root) / config.train_dataloader.dataset.ann_file).read_text())['images'])
+    annotations = Path(config.data_root) / config.train_dataloader.dataset.ann_file
+    if not annotations.is_file():
+        raise InputError(f'{annotations} does not exist: write the data first, '
+                         f'python tools/dataset_converters/digits.py {config.data_root}')
+    images = len(json.loads(annotations.read_text())['images'])
     iterations = epochs * -(-images // config.train_dataloader.batch_size)
     config.train_cfg = dict(
         type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=epochs)
     config.param_scheduler = [
-        dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=iterations // 10),
+        dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0,
+             end=max(1, iterations // 10)),
         dict(type='CosineAnnealingLR', by_epoch=False, begin=iterations // 2, end=iterations,
              T_max=iterations - iterations // 2, eta_min=1e-6)
     ]
@@ -75,10 +80,13 @@ def run(path, seed, epochs, work_dir, threads):
                 [sys.executable, str(TRAIN), str(directory / path.name), '--work-dir',
                  str(directory), '--resume'], check=True, stdout=file, stderr=subprocess.STDOUT,
                 env={**os.environ, 'OMP_NUM_THREADS': str(threads)})
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (InputError, OSError, subprocess.CalledProcessError) as error:
         last = [line for line in log.read_text().splitlines() if line] if log.is_file() else []
         return {**result, 'error': last[-1] if last else str(error)}
     train, val = read_scalars(directory)
+    if not val:
+        return {**result, 'error': 'it was interrupted before its evaluation: remove '
+                f'{directory} and run it again'}
     result['map'] = val[max(val)]['coco/bbox_mAP']
     result['seconds'] = statistics.median(record['time'] for record in train.values())
     partial = result_file.with_suffix('.tmp')
@@ -95,7 +103,7 @@ def summarise(results, paths):
         if not runs:
             continue
         config = Config.fromfile(path)
-        stats = model_stats(config, config.image_size)
+        stats = detector_stats(config, config.image_size)
         scores = [r['map'] for r in runs]
         rows.append({
             'config': path.stem, 'seeds': sorted(r['seed'] for r in runs),

@@ -1,0 +1,103 @@
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import digits
+import pytest
+import torch
+import yaml
+from mmdet.models.backbones import MobileNetV2, ResNet
+from mmengine.analysis import FlopAnalyzer, parameter_count
+
+from mmdet_odconv.backbones import DyMobileNetV2, DyMobileNetV3, DyResNet, ODMobileNetV2, ODResNet
+
+TOOLS = Path(__file__).parents[2] / 'tools/analysis_tools'
+PUBLISHED = yaml.safe_load((Path(__file__).parents[1] / 'data/published.yml').read_text())
+
+
+@pytest.fixture(scope='module')
+def tool():
+    sys.path.insert(0, str(TOOLS))  # as when it is run as a script
+    try:
+        spec = importlib.util.spec_from_file_location('get_model_stats',
+                                                      TOOLS / 'get_model_stats.py')
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(TOOLS))
+    return module
+
+
+def madds(tool, backbone, *classifier):
+    """Millions, of a backbone for 224x224 and of a classifier's layers of these widths."""
+    image = torch.zeros(1, 3, 224, 224)
+    stats = tool.model_stats(backbone, lambda: backbone(image))
+    return (stats['madds'] + sum(a * b for a, b in zip(classifier, classifier[1:]))) / 1e6
+
+
+@pytest.mark.parametrize('row', PUBLISHED['odconv_imagenet'],
+                         ids=lambda row: f'{row["model"]} k{row["kernel_num"]}')
+def test_published_madds_of_odconv(tool, row):
+    family, _, width = row['model'].partition(' ')
+    dynamic = {} if row['kernel_num'] is None else dict(kernel_num=row['kernel_num'])
+    if family == 'MobileNetV2':
+        backbone = (ODMobileNetV2 if dynamic else MobileNetV2)(float(width[:-1]), **dynamic)
+    else:
+        # The release strides in the 3x3 convolution, but its figures are those of a stride in the
+        # first 1x1, mmdet's style 'caffe': 3858 M for ResNet-50, not 4089 M.
+        backbone = (ODResNet if dynamic else ResNet)(
+            int(family[len('ResNet'):]), style='caffe', **dynamic)
+    features = {'ResNet18': 512, 'MobileNetV2': 1280}.get(family, 2048)
+    assert madds(tool, backbone, features, 1000) == pytest.approx(row['madds'], rel=0.02)
+
+
+@pytest.mark.parametrize('row', PUBLISHED['dyconv_imagenet'], ids=lambda row: row['model'])
+def test_published_madds_of_dyconv(tool, row):
+    family, _, width = row['model'][len('DY-'):].partition(' ')
+    if family == 'MobileNetV2':
+        backbone, classifier = DyMobileNetV2(float(width[:-1])), (1280, 1000)
+    elif family == 'MobileNetV3-Small':
+        backbone, classifier = DyMobileNetV3('small'), (576, 1280, 1000)
+    else:
+        backbone, classifier = DyResNet(int(family[len('ResNet-'):])), (512, 1000)
+    # The paper's FLOPs are multiplications and additions, two for a multiply-add.
+    assert madds(tool, backbone, *classifier) == pytest.approx(row['gflops'] * 500, rel=0.03)
+
+
+@pytest.mark.parametrize('backbone', [lambda: ResNet(50), lambda: MobileNetV2()],
+                         ids=['ResNet50', 'MobileNetV2'])
+def test_convolutions_as_mmengine_counts_them(tool, backbone):
+    backbone = backbone()
+    backbone.eval()
+    image = torch.zeros(1, 3, 64, 96)
+    # MMEngine counts normalisation and pooling too.
+    theirs = FlopAnalyzer(backbone, image).unsupported_ops_warnings(False).by_operator()
+    stats = tool.model_stats(backbone, lambda: backbone(image))
+    assert stats['madds'] == theirs['conv']
+    assert stats['params'] == parameter_count(backbone)['']
+
+
+def test_a_detector_and_its_parts(tmp_path):
+    result = digits.tool(tmp_path, 'analysis_tools/get_model_stats.py',
+                         'faster-rcnn_od-r18-k4_fpn_digits.py', '--shape', '96', '128', '--out',
+                         'stats.json')
+    assert 'mixing' in result.stdout and 'roi_head' in result.stdout
+    stats = json.loads((tmp_path / 'stats.json').read_text())
+    kinds = ('convolution', 'attention', 'mixing', 'scaling', 'other')
+    total = {kind: sum(part[kind] for part in stats['parts'].values()) for kind in kinds}
+    assert sum(total.values()) == stats['madds'] and min(total.values()) > 0
+    assert sum(part['params'] for part in stats['parts'].values()) == stats['params']
+    assert stats['activations'] > 0
+    backbone = stats['parts']['backbone']
+    assert backbone['mixing'] > 0 and stats['parts']['neck']['mixing'] == 0
+    # 100 proposals of 64x7x7, then two layers of 256, then 11 classes and 4 coordinates.
+    roi_head = 100 * (64 * 49 * 256 + 256 * 256 + 256 * 15)
+    assert stats['parts']['roi_head']['other'] == roi_head
+
+
+def test_a_config_that_is_unknown(tmp_path):
+    result = digits.tool(tmp_path, 'analysis_tools/get_model_stats.py', 'faster_rcnn_od.py',
+                         check=False)
+    assert result.returncode == 1 and result.stderr.startswith('error: Config faster_rcnn_od.py')
+    assert len(result.stderr.splitlines()) == 1
