@@ -113,11 +113,13 @@ class Case:
     def run(self, modes, rounds):
         """Records, one an alternative: ms of each mode, saved and peak MB, ratios to static."""
         times = {(a, mode): [] for a in self.models for mode in modes}
-        for i in range(rounds + 1):  # the first round warms up
-            for alternative, mode in times:
-                seconds = getattr(self, mode)(alternative)
-                if i:
-                    times[alternative, mode].append(seconds)
+        for mode in modes:
+            for i in range(rounds + 1):  # the first round warms up
+                # Forwards and backwards in turn: each follows the other two equally often.
+                for alternative in list(self.models)[::1 if i % 2 else -1]:
+                    seconds = getattr(self, mode)(alternative)
+                    if i:
+                        times[alternative, mode].append(seconds)
         records = []
         for alternative in self.models:
             record = {'case': self.label, 'alternative': alternative}
