@@ -22,6 +22,7 @@ from .folded import (
     gate_gradients,
     is_pointwise,
     mix,
+    output_size,
     part,
     row_blocks,
     slices,
@@ -133,12 +134,6 @@ def where_to_scale(gate: Optional[Tensor], f: Optional[Tensor], columns: Tensor,
     if f is not None and pixels < inner:
         output_factor, f = f[:, 0, :, None], None
     return column_gate, output_factor, gate, f
-
-
-def output_size(input_shape, weight_shape, stride, padding, dilation):
-    """Height and width of the output, px."""
-    return tuple(max(0, size + 2 * p - d * (k - 1) - 1 + st) // st for size, k, st, p, d in zip(
-        input_shape[2:], weight_shape[3:], stride, padding, dilation))
 
 
 def patches(input, weight, stride, padding, dilation) -> Tensor:

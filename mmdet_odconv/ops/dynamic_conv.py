@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blocked import BlockedConv, output_size
-from .folded import FoldedConv, folded_conv2d, is_pointwise
+from .blocked import BlockedConv
+from .folded import FoldedConv, folded_conv2d, is_pointwise, output_size, unfolded_conv2d
 from .fused import FusedConv, serves
 from .grouped import grouped_conv2d
 from .shared import SharedConv
@@ -81,10 +81,14 @@ def dynamic_conv2d(input: Tensor,
 
 
 def _run(plan: str, input: Tensor, *arguments) -> Tensor:
-    return PLANS[plan](input, *arguments) if len(input) else _empty_batch(input, *arguments)
+    if input.shape[0] == 0:
+        return _empty_batch(input, *arguments)
+    return PLANS[plan](input, *arguments)
 
 
 def _folded(input, weight, a, s, c, f, stride, padding, dilation, groups) -> Tensor:
+    if _is_exporting():
+        return unfolded_conv2d(input, weight, a, s, c, f, stride, padding, dilation, groups)
     if torch.compiler.is_compiling():
         # The compiler fuses and saves what it likes.
         return folded_conv2d(input, weight, a, s, c, f, stride, padding, dilation, groups)
@@ -128,13 +132,12 @@ def force_plan(plan: str) -> Iterator[None]:
 
 def choose_plan(input: Tensor, weight: Tensor, stride, padding, dilation, groups: int,
                 kernel_attention=None, spatial_attention=None) -> str:
-    """The plan that serves a call: Triton's on CUDA, else the one of least :func:`plan_costs`."""
-    if serves(input):
-        return 'fused'
-    if torch.compiler.is_compiling():
+    """The plan of least :func:`plan_costs`; on CUDA, Triton's in place of 'folded'."""
+    if torch.compiler.is_compiling() or _is_exporting():
         return 'folded'
-    return _cheapest_plan(input.is_cuda, input.shape, weight.shape, stride, padding, dilation,
+    plan = _cheapest_plan(input.is_cuda, input.shape, weight.shape, stride, padding, dilation,
                           groups, kernel_attention is None and spatial_attention is None)
+    return 'fused' if plan == 'folded' and serves(input) else plan
 
 
 @functools.lru_cache(maxsize=4096)
@@ -159,12 +162,20 @@ def plan_costs(input_shape, weight_shape, stride, padding, dilation, groups: int
     costs = {}
     if groups == 1 and is_pointwise(weight_shape, stride, padding):
         costs['blocked'] = out_channels * inner
-    elif groups == 1 and pixels > 0:
+    elif groups == 1 and min(height, width) > 0:  # else conv2d refuses it, and says why
         costs['blocked'] = PATCH_COST * inner * pixels
     costs['folded'] = out_channels * inner
     if kernel_is_shared:
         costs['shared'] = MAP_COST * (math.prod(input_shape[1:]) + out_channels * pixels)
     return costs
+
+
+def _is_exporting() -> bool:
+    """Whether a graph is being drawn that batches of other sizes may run through."""
+    if torch.jit.is_tracing():
+        return True
+    is_exporting = getattr(torch.compiler, 'is_exporting', None)  # from torch 2.7 on
+    return is_exporting is not None and is_exporting()
 
 
 def _empty_batch(input, weight, a, s, c, f, stride, padding, dilation, groups) -> Tensor:

@@ -18,18 +18,35 @@ BLOCK_BYTES = 2**22
 # and a page of memory costs more when it is first touched than to be written ten times.
 CHUNK_BYTES = 2**24
 
-
 ALL = slice(None)
 
 
 def folded_conv2d(input, weight, kernel_attention, spatial_attention, channel_attention,
                   filter_attention, stride, padding, dilation, groups) -> Tensor:
     """The plan in operations that autograd and torch.compile see through."""
-    weight = weight.to(input.dtype)
-    bank, gate, f = as_matrices(weight, spatial_attention, channel_attention, filter_attention,
-                                groups)
-    kernels = fold(mix(bank, kernel_attention, len(input)), gate, f)
+    kernels = folded_kernels(input, weight, kernel_attention, spatial_attention,
+                             channel_attention, filter_attention, groups)
     return convolve(input, as_kernels(kernels, weight), stride, padding, dilation, groups)
+
+
+def unfolded_conv2d(input, weight, kernel_attention, spatial_attention, channel_attention,
+                    filter_attention, stride, padding, dilation, groups) -> Tensor:
+    """The same as one matrix product with patches, for exporters.
+
+    A convolution's number of groups is a constant of a graph; here it would be the batch size.
+    """
+    kernels = folded_kernels(input, weight, kernel_attention, spatial_attention,
+                             channel_attention, filter_attention, groups)
+    columns = F.unfold(input, weight.shape[3:], dilation, padding, stride)
+    output = kernels @ columns.unflatten(1, (groups, -1))
+    size = output_size(input.shape, weight.shape, stride, padding, dilation)
+    return output.flatten(1, 2).unflatten(2, size)
+
+
+def folded_kernels(input, weight, a, s, c, f, groups: int) -> Tensor:
+    """Kernels of the batch as matrices, (B, groups, Cout / groups, I); differentiable."""
+    bank, gate, row_f = as_matrices(weight.to(input.dtype), s, c, f, groups)
+    return fold(mix(bank, a, input.shape[0]), gate, row_f)
 
 
 class FoldedConv(torch.autograd.Function):
@@ -105,7 +122,7 @@ def as_kernels(matrices: Tensor, weight: Tensor) -> Tensor:
 
 def convolve(input: Tensor, kernels: Tensor, stride, padding, dilation, groups: int) -> Tensor:
     """Convolve image b of (B, Cin, H, W) with the b-th Cout of (B * Cout, Cin / groups, kh, kw)."""
-    batch = len(input)
+    batch = input.shape[0]
     if groups == 1 and is_pointwise(kernels.shape, stride, padding):
         output = kernels.view(batch, -1, input.shape[1]) @ input.flatten(2)
         return output.view(batch, -1, *input.shape[2:])
@@ -127,10 +144,16 @@ def convolution_gradients(grad, input, kernels, stride, padding, dilation, group
         grad_input, grad_kernels, _ = torch.ops.aten.convolution_backward(
             images_as_channels(grad), images_as_channels(input), kernels, None, stride, padding,
             dilation, False, [0, 0], len(input) * groups, [needs_input, needs_kernels, False])
-        grad_input = None if grad_input is None else grad_input.view(input.shape)
+        grad_input = None if grad_input is None else grad_input.reshape(input.shape)
     if grad_kernels is not None:
         grad_kernels = grad_kernels.reshape(kernels.shape).contiguous()
     return grad_input, grad_kernels
+
+
+def output_size(input_shape, weight_shape, stride, padding, dilation):
+    """Height and width of the output, px."""
+    return tuple((size + 2 * p - d * (k - 1) - 1 + st) // st for size, k, st, p, d in zip(
+        input_shape[2:], weight_shape[3:], stride, padding, dilation))
 
 
 def is_pointwise(weight_shape, stride, padding) -> bool:
@@ -158,14 +181,14 @@ def as_matrices(weight: Tensor, s: Optional[Tensor], c: Optional[Tensor], f: Opt
     bank = weight.reshape(bank_size, groups, out_channels // groups, group_channels * area)
     gate = c
     if s is not None:
-        gate = s.reshape(len(s), 1, 1, area)
+        gate = s.reshape(s.shape[0], 1, 1, area)
         gate = gate.expand(-1, -1, group_channels, -1) if c is None else (
-            c.view(len(c), groups, group_channels, 1) * gate)
+            c.view(c.shape[0], groups, group_channels, 1) * gate)
     elif c is not None and area > 1:
-        gate = c.view(len(c), groups, group_channels, 1).expand(-1, -1, -1, area)
+        gate = c.view(c.shape[0], groups, group_channels, 1).expand(-1, -1, -1, area)
     if gate is not None:
-        gate = gate.reshape(len(gate), -1, 1, group_channels * area)
-    return bank, gate, None if f is None else f.view(len(f), groups, -1)
+        gate = gate.reshape(gate.shape[0], -1, 1, group_channels * area)
+    return bank, gate, None if f is None else f.view(f.shape[0], groups, -1)
 
 
 def row_blocks(bank: Tensor, batch: int) -> Sequence[slice]:

@@ -179,6 +179,17 @@ def test_compiles_without_a_graph_break(cls, arguments, batch):
         torch.testing.assert_close(grad, p.grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(not hasattr(torch.compiler, 'is_exporting'), reason='torch before 2.7')
+@pytest.mark.parametrize('cls', BANKED)
+@pytest.mark.parametrize('groups', [1, 4, 8])
+def test_exports_with_a_dynamic_batch(cls, groups):
+    layer = randomised(cls(8, 16, 3, 2, padding=1, groups=groups)).eval()
+    batch = torch.export.Dim('batch')
+    program = torch.export.export(layer, (torch.randn(2, 8, 7, 9), ), dynamic_shapes=({0: batch}, ))
+    x = torch.randn(5, 8, 7, 9)
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
 @every_layer
 def test_gradient_checkpointing(cls):
     layer = randomised(cls(8, 12, 3).double())

@@ -198,7 +198,7 @@ def test_costs_of_plans():
     assert costs(maps, bank, shared=True)['shared'] == MAP_COST * (64 + 32) * 10 * 12
     assert costs(maps, (4, 32, 64, 1, 1), padding=0) == dict(blocked=32 * 64, folded=32 * 64)
     assert costs(maps, (4, 64, 1, 3, 3), groups=64) == dict(folded=64 * 9)
-    assert 'blocked' not in costs((2, 64, 1, 1), bank, padding=0)  # conv2d refuses, and says why
+    assert 'blocked' not in costs((2, 64, 1, 1), bank, padding=0)
 
 
 def test_plans():
