@@ -157,7 +157,7 @@ def draw(rows, path):
                           (right + 0.15 * width, low + i * step), color=colour, va='center',
                           arrowprops=dict(arrowstyle='-', color='0.8', lw=0.6))
         axis.set(title=host, xlabel='MAdds of the detector, G', ylabel='box mAP',
-                 xlim=(None, right + 0.9 * width))
+                 xlim=(None, right + 1.2 * width))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -178,8 +178,10 @@ def main():
         runs = [pool.submit(run, path, seed, args.epochs, args.work_dir, threads)
                 for seed in args.seeds for path in paths]
         results = [done.result() for done in track(
-            concurrent.futures.as_completed(runs), 'Runs', len(runs), Console(stderr=True))]
-    console = Console()
+            concurrent.futures.as_completed(runs), description='Runs', total=len(runs),
+            console=Console(stderr=True))]
+    # Lines cut to a pipe's 80 columns could not be read.
+    console = Console() if sys.stdout.isatty() else Console(width=150)
     failed = [result for result in results if 'error' in result]
     rows = summarise(results, paths)
     if rows:
@@ -191,7 +193,7 @@ def main():
         console.print(Markdown(text))
     for result in failed:
         console.print(f'{result["config"]}, seed {result["seed"]}, failed: {result["error"]}',
-                      style='red', markup=False)
+                      style='red', markup=False, soft_wrap=True)
     sys.exit(bool(failed))
 
 
