@@ -26,7 +26,8 @@ def root(tmp_path_factory):
 
 
 def compare(root: Path, *args):
-    return digits.tool(root, 'analysis_tools/compare.py', *args, '--work-dir', 'out', check=False)
+    return digits.tool(root, 'analysis_tools/compare.py', *args, '--work-dir', 'out',
+                        '--iterations', '2', check=False)
 
 
 def test_runs_are_compared_once_and_a_failed_one_stops_none(root):
@@ -45,15 +46,16 @@ def test_runs_are_compared_once_and_a_failed_one_stops_none(root):
     assert (root / 'out/compare.png').read_bytes().startswith(b'\x89PNG')
 
     # A finished run is not run again: its result is believed.
-    finished = root / 'out/tiny_r18_seed0_epochs1'
-    (finished / 'result.json').write_text(json.dumps(
-        {'config': 'tiny_r18', 'seed': 0, 'map': 0.75, 'seconds': 1.0}))
+    finished = root / 'out/tiny_r18_seed0_2iterations'
+    (finished / 'result.json').write_text(json.dumps({'map': 0.75, 'seconds': 1.0}))
     # An interrupted one, after its checkpoint and before its result, goes on from there.
-    interrupted = root / 'out/tiny_od-r18-k1_seed0_epochs1'
+    interrupted = root / 'out/tiny_od-r18-k1_seed0_2iterations'
     (interrupted / 'result.json').unlink()
     assert compare(root, 'tiny_r18.py', 'tiny_od-r18-k1.py').returncode == 0
     assert json.loads((root / 'out/compare.json').read_text())['rows'][0]['map'] == 0.75
-    assert 'resumed epoch: 1, iter: 2' in (interrupted / 'log.txt').read_text()
+    log = (interrupted / 'log.txt').read_text()
+    assert 'resumed epoch: 0, iter: 2' in log
+    assert log.count('Iter(train)') == 2  # and not longer than its budget
 
 
 def test_data_that_are_absent(tmp_path):

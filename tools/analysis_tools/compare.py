@@ -1,6 +1,6 @@
 """Trains detectors under one budget, with several seeds each, and sets their results side by side.
 
-    python compare.py CONFIG... --seeds 0 1 2 --epochs 1 --jobs 2
+    python compare.py CONFIG... --seeds 0 1 2 --iterations 250 --jobs 2
 
 Each config is a path or the bare name of one of the plugin's; data, iterations, optimiser and
 schedule are equal, whatever a config says of them: a linear warm-up, a constant rate and, in the
@@ -37,16 +37,15 @@ from mmdet_odconv.engine.launch import find_config  # noqa: E402
 TRAIN = Path(__file__).parents[1] / 'train.py'
 
 
-def equal_budget(config, epochs, seed):
-    """The config, trained for so many epochs, evaluated once, with this seed."""
+def equal_budget(config, iterations, seed):
+    """The config, trained for so many iterations from this seed and evaluated at their end."""
     annotations = Path(config.data_root) / config.train_dataloader.dataset.ann_file
     if not annotations.is_file():
         raise InputError(f'{annotations} does not exist: write the data first, '
                          f'python tools/dataset_converters/digits.py {config.data_root}')
-    images = len(json.loads(annotations.read_text())['images'])
-    iterations = epochs * -(-images // config.train_dataloader.batch_size)
+    # By iteration, because MMEngine resumes an epoch at its beginning and would train longer.
     config.train_cfg = dict(
-        type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=epochs)
+        type='IterBasedTrainLoop', max_iters=iterations, val_interval=iterations)
     config.param_scheduler = [
         dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0,
              end=max(1, iterations // 10)),
@@ -54,45 +53,54 @@ def equal_budget(config, epochs, seed):
              T_max=iterations - iterations // 2, eta_min=1e-6)
     ]
     config.randomness = dict(seed=seed)
+    config.log_processor.by_epoch = False
     config.default_hooks.checkpoint.update(
         by_epoch=False, interval=max(1, iterations // 4), max_keep_ckpts=1)
     for hook in config.get('custom_hooks', []):
         if hook['type'] == 'TemperatureAnnealingHook':
-            hook['end_epoch'] = epochs / 3
+            images = len(json.loads(annotations.read_text())['images'])
+            epoch = -(-images // config.train_dataloader.batch_size)
+            hook['end_epoch'] = iterations / epoch / 3
     return config
 
 
-def run(path, seed, epochs, work_dir, threads):
-    """Train and evaluate one config with one seed; the result, or what went wrong."""
-    name = path.stem
-    directory = work_dir / f'{name}_seed{seed}_epochs{epochs}'
+def run(config, directory, threads=1):
+    """Train and evaluate unless done: box mAP and seconds an iteration, or what went wrong."""
     result_file = directory / 'result.json'
     if result_file.is_file():
         return json.loads(result_file.read_text())
-    result = {'config': name, 'seed': seed}
     directory.mkdir(parents=True, exist_ok=True)
     log = directory / 'log.txt'
     try:
-        config = equal_budget(Config.fromfile(path), epochs, seed)
-        config.dump(directory / path.name)
+        config.dump(directory / 'config.py')
         with log.open('a') as file:
             subprocess.run(
-                [sys.executable, str(TRAIN), str(directory / path.name), '--work-dir',
+                [sys.executable, str(TRAIN), str(directory / 'config.py'), '--work-dir',
                  str(directory), '--resume'], check=True, stdout=file, stderr=subprocess.STDOUT,
                 env={**os.environ, 'OMP_NUM_THREADS': str(threads)})
-    except (InputError, OSError, subprocess.CalledProcessError) as error:
+    except (OSError, subprocess.CalledProcessError) as error:
         last = [line for line in log.read_text().splitlines() if line] if log.is_file() else []
-        return {**result, 'error': last[-1] if last else str(error)}
+        return {'error': last[-1] if last else str(error)}
     train, val = read_scalars(directory)
     if not val:
-        return {**result, 'error': 'it was interrupted before its evaluation: remove '
+        return {'error': 'it was interrupted before its evaluation: remove '
                 f'{directory} and run it again'}
-    result['map'] = val[max(val)]['coco/bbox_mAP']
-    result['seconds'] = statistics.median(record['time'] for record in train.values())
+    result = {'map': val[max(val)]['coco/bbox_mAP'],
+              'seconds': statistics.median(record['time'] for record in train.values())}
     partial = result_file.with_suffix('.tmp')
     partial.write_text(json.dumps(result))
     partial.replace(result_file)
     return result
+
+
+def run_named(path, seed, iterations, work_dir, threads):
+    """``run`` of one config with one seed, named in the result."""
+    directory = work_dir / f'{path.stem}_seed{seed}_{iterations}iterations'
+    try:
+        result = run(equal_budget(Config.fromfile(path), iterations, seed), directory, threads)
+    except InputError as error:
+        result = {'error': str(error)}
+    return {'config': path.stem, 'seed': seed, **result}
 
 
 def summarise(results, paths):
@@ -128,8 +136,8 @@ def markdown(rows, args, threads):
                      f'{", ".join(map(str, row["seeds"]))} | {row["params"]:.2f} | '
                      f'{row["gmadds"]:.2f} | {row["seconds"]:.2f} |')
     return '\n'.join([*lines, '', f'Whole detectors; ± is the standard deviation over seeds; '
-                      f'budget: {args.epochs} epochs; {args.jobs} runs at a time of {threads} '
-                      'threads each.', ''])
+                      f'budget: {args.iterations} iterations; {args.jobs} runs at a time of '
+                      f'{threads} threads each.', ''])
 
 
 def draw(rows, path):
@@ -167,7 +175,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('configs', nargs='+', metavar='CONFIG')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0])
-    parser.add_argument('--epochs', type=int, default=1, help='the budget of each run')
+    parser.add_argument('--iterations', type=int, default=250, help='the budget of each run')
     parser.add_argument('--jobs', type=int, default=1, help='runs at a time; they share the cores')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/compare'))
     args = parser.parse_args()
@@ -175,7 +183,7 @@ def main():
              for config in args.configs]
     threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        runs = [pool.submit(run, path, seed, args.epochs, args.work_dir, threads)
+        runs = [pool.submit(run_named, path, seed, args.iterations, args.work_dir, threads)
                 for seed in args.seeds for path in paths]
         results = [done.result() for done in track(
             concurrent.futures.as_completed(runs), description='Runs', total=len(runs),
@@ -188,7 +196,7 @@ def main():
         text = markdown(rows, args, threads)
         (args.work_dir / 'compare.md').write_text(text)
         (args.work_dir / 'compare.json').write_text(json.dumps(
-            {'epochs': args.epochs, 'rows': rows, 'failed': failed}, indent=1))
+            {'iterations': args.iterations, 'rows': rows, 'failed': failed}, indent=1))
         draw(rows, args.work_dir / 'compare.png')
         console.print(Markdown(text))
     for result in failed:
