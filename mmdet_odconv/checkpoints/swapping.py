@@ -131,6 +131,8 @@ def dynamic_config(config: Config, base: str, changes: dict, load_from: Optional
                  model=_replacing(changes, config.model))
     if load_from is not None:
         given['load_from'] = str(load_from)
+        if config.get('resume'):
+            given['resume'] = False  # a converted checkpoint is where training starts
     return f'_base_ = {base!r}\n\n{Config(given).pretty_text}'
 
 

@@ -32,7 +32,7 @@ def compare(root: Path, *args):
 
 def test_runs_are_compared_once_and_a_failed_one_stops_none(root):
     configs = ['tiny_r18.py', 'tiny_broken.py', 'tiny_od-r18-k1.py']
-    result = compare(root, *configs, '--seeds', '0', '1')
+    result = compare(root, *configs, '--seeds', '0', '1', '--jobs', '2')
     assert result.returncode == 1
     assert 'tiny_broken, seed 0, failed:' in result.stdout
     found = json.loads((root / 'out/compare.json').read_text())

@@ -18,6 +18,7 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import matplotlib
@@ -35,6 +36,13 @@ from mmdet_odconv import InputError  # noqa: E402
 from mmdet_odconv.engine.launch import find_config  # noqa: E402
 
 TRAIN = Path(__file__).parents[1] / 'train.py'
+READING = threading.Lock()
+
+
+def read_config(path):
+    """A config read by one thread at a time: pkg_resources, which MMEngine asks, needs that."""
+    with READING:
+        return Config.fromfile(path)
 
 
 def equal_budget(config, iterations, seed):
@@ -53,6 +61,7 @@ def equal_budget(config, iterations, seed):
              T_max=iterations - iterations // 2, eta_min=1e-6)
     ]
     config.randomness = dict(seed=seed)
+    config.resume = False
     config.log_processor.by_epoch = False
     config.default_hooks.checkpoint.update(
         by_epoch=False, interval=max(1, iterations // 4), max_keep_ckpts=1)
@@ -73,10 +82,12 @@ def run(config, directory, threads=1):
     log = directory / 'log.txt'
     try:
         config.dump(directory / 'config.py')
+        # mmdet's --resume forgets load_from, so it is for runs that have begun.
+        resume = ['--resume'] if (directory / 'last_checkpoint').is_file() else []
         with log.open('a') as file:
             subprocess.run(
                 [sys.executable, str(TRAIN), str(directory / 'config.py'), '--work-dir',
-                 str(directory), '--resume'], check=True, stdout=file, stderr=subprocess.STDOUT,
+                 str(directory), *resume], check=True, stdout=file, stderr=subprocess.STDOUT,
                 env={**os.environ, 'OMP_NUM_THREADS': str(threads)})
     except (OSError, subprocess.CalledProcessError) as error:
         last = [line for line in log.read_text().splitlines() if line] if log.is_file() else []
@@ -97,8 +108,8 @@ def run_named(path, seed, iterations, work_dir, threads):
     """``run`` of one config with one seed, named in the result."""
     directory = work_dir / f'{path.stem}_seed{seed}_{iterations}iterations'
     try:
-        result = run(equal_budget(Config.fromfile(path), iterations, seed), directory, threads)
-    except InputError as error:
+        result = run(equal_budget(read_config(path), iterations, seed), directory, threads)
+    except Exception as error:  # whatever a config may raise, the other runs go on
         result = {'error': str(error)}
     return {'config': path.stem, 'seed': seed, **result}
 

@@ -1,107 +1,112 @@
 """Does a converted detector repay its conversion? Quickstart data, equal budgets, several seeds.
 
-    python inflation.py WORK_DIR [--seeds 0 1 2] [--epochs 3] [--finetune 1]
+    python inflation.py --seeds 0 1 2 --iterations 500 --finetune 125 --jobs 2
 
-For each seed: a static ResNet-18 detector is trained, then converted; both are evaluated, and both
-fine-tuned for the same budget; and a dynamic one is trained from scratch for the sum of the
-budgets. Runs that are done are kept, so that the command can be interrupted and given again.
-WORK_DIR/inflation.md is the table, with box mAP of the last epoch, mean and range over the seeds.
+For each seed: a static ResNet-18 detector is trained and converted, both are evaluated, and both
+fine-tuned with the same budget; and a dynamic one is trained from scratch with the sum of the
+budgets. What is done is kept, so that the same command goes on after a break. WORK_DIR receives
+inflation.md and inflation.json: box mAP, mean and standard deviation over the seeds.
 """
 import argparse
+import concurrent.futures
 import json
+import os
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-TOOLS = Path(__file__).resolve().parents[1]
-QUICKSTART = TOOLS.parent / 'configs/quickstart/faster-rcnn_od-r18-k4_fpn_digits.py'
-CONFIG = """_base_ = {base!r}
-model = dict(backbone=dict({backbone}))
-custom_hooks = {hooks}
-load_from = {load_from!r}
-train_cfg = dict(max_epochs={epochs}, val_interval={epochs})
-optim_wrapper = dict(optimizer=dict(lr={lr}))
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
-    dict(type='CosineAnnealingLR', by_epoch=True, convert_to_iter_based=True,
-         begin={epochs} / 2, end={epochs}, T_max={epochs} / 2, eta_min=1e-6)
-]
-randomness = dict(seed={seed})
-"""
-STATIC = ('_delete_=True, type="ResNet", depth=18, frozen_stages=-1, norm_eval=False, '
-          'init_cfg=None')
-CHECK, ANNEAL = "dict(type='InputCheckHook')", (
-    "dict(type='TemperatureAnnealingHook', begin=30, end_epoch=1)")
-ROWS = {
-    'static': 'static, trained', 'converted': 'converted from it, before fine-tuning',
-    'static-finetuned': 'static, fine-tuned', 'converted-finetuned': 'converted, fine-tuned',
-    'scratch': 'dynamic, from scratch',
-}
+from compare import equal_budget, read_config, run
+from rich.console import Console
+from rich.markdown import Markdown
+
+from mmdet_odconv import InputError
+from mmdet_odconv.engine.launch import errors_explained, find_config
+
+TOOLS = Path(__file__).parents[1]
+STATIC, DYNAMIC = (f'faster-rcnn_{name}_fpn_digits.py' for name in ('r18', 'od-r18-k4'))
 
 
-def run(*command):
-    subprocess.run([sys.executable, *map(str, command)], check=True)
+def train(config, iterations, seed, directory, threads, start=None):
+    """Box mAP after this budget, from the detector ``start`` where one is given."""
+    config = equal_budget(config, iterations, seed)
+    if start is not None:
+        config.load_from = str(start)
+        config.optim_wrapper.optimizer.lr *= 0.3  # fine-tuning
+    result = run(config, directory, threads)
+    if 'error' in result:
+        raise InputError(f'{directory.name} failed: {result["error"]}')
+    return result['map']
 
 
-def train(work, name, seed, epochs, lr, backbone='', anneal=False, load_from=None):
-    """Train as named, unless done; returns the box mAP and the checkpoint."""
-    work = work / name
-    config, checkpoint = work.parent / f'{name}.py', work / f'epoch_{epochs}.pth'
-    if not checkpoint.is_file() or not list(work.glob('*/vis_data/scalars.json')):
-        hooks = f'[{CHECK}, {ANNEAL}]' if anneal else f'[{CHECK}]'
-        work.parent.mkdir(parents=True, exist_ok=True)
-        config.write_text(CONFIG.format(
-            base=str(QUICKSTART), backbone=backbone, hooks=hooks, epochs=epochs, lr=lr, seed=seed,
-            load_from=None if load_from is None else str(load_from)))
-        run(TOOLS / 'train.py', config, '--work-dir', work)
-    return last_map(work), checkpoint
+def convert(static, checkpoint, dynamic, seed):
+    """Write the config ``dynamic`` and its checkpoint, unless done; its box mAP as converted."""
+    if not dynamic.with_suffix('.pth').is_file():
+        tool('model_converters/swap_backbone.py', static, '--checkpoint', checkpoint,
+             '--out', dynamic, '--seed', seed, '--force')
+    evaluated = dynamic.parent / 'converted'
+    if not list(evaluated.glob('*/*.json')):
+        tool('test.py', dynamic, dynamic.with_suffix('.pth'), '--work-dir', evaluated)
+    return json.loads(max(evaluated.glob('*/*.json')).read_text())['coco/bbox_mAP']
 
 
-def last_map(work):
-    """Box mAP that the newest run under ``work`` logged last."""
-    logs = sorted((*work.glob('*/vis_data/scalars.json'), *work.glob('*/*.json')))
-    found = [json.loads(line).get('coco/bbox_mAP') for path in logs
-             for line in path.read_text().splitlines()]
-    return [value for value in found if value is not None][-1]
+def tool(name, *args):
+    result = subprocess.run([sys.executable, str(TOOLS / name), *map(str, args)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if result.returncode:
+        raise InputError(f'{name} failed: {result.stdout.strip().splitlines()[-1]}')
+
+
+def pretrained(seed, args, threads):
+    """The static detector, its conversion, and both fine-tuned."""
+    work = args.work_dir.resolve() / f'seed{seed}'
+    static, dynamic = work / 'static', work / 'converted.py'
+    checkpoint = static / f'iter_{args.iterations}.pth'
+    found = {'static, trained': train(
+        read_config(find_config(STATIC)), args.iterations, seed, static, threads)}
+    found['converted from it'] = convert(static / 'config.py', checkpoint, dynamic, seed)
+    for name, path, start in (('static', static / 'config.py', checkpoint),
+                              ('converted', dynamic, dynamic.with_suffix('.pth'))):
+        found[f'{name}, fine-tuned'] = train(
+            read_config(path), args.finetune, seed, work / f'{name}-finetuned', threads, start)
+    return found
+
+
+def from_scratch(seed, args, threads):
+    """The dynamic detector, trained with the sum of the budgets."""
+    directory = args.work_dir.resolve() / f'seed{seed}' / 'scratch'
+    return {'dynamic, from scratch': train(
+        read_config(find_config(DYNAMIC)), args.iterations + args.finetune, seed, directory,
+        threads)}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('work_dir', type=Path)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    parser.add_argument('--epochs', type=int, default=3, help='of the static detector')
-    parser.add_argument('--finetune', type=int, default=1, help='epochs of fine-tuning')
+    parser.add_argument('--iterations', type=int, default=500, help='of the static detector')
+    parser.add_argument('--finetune', type=int, default=125, help='iterations of fine-tuning')
+    parser.add_argument('--jobs', type=int, default=1, help='runs at a time; they share the cores')
+    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/inflation'))
     args = parser.parse_args()
-    results = {name: [] for name in ROWS}
-    for seed in args.seeds:
-        work = args.work_dir.resolve() / f'seed{seed}'
-        found = {}
-        found['static'], static = train(work, 'static', seed, args.epochs, 1e-3, STATIC)
-        converted, config = work / 'converted.pth', work / 'converted.py'
-        if not converted.is_file():
-            run(TOOLS / 'model_converters/swap_backbone.py', work / 'static.py', '--checkpoint',
-                static, '--out', config, '--force')
-        evaluated = work / 'converted'
-        if not list(evaluated.glob('*/*.json')):
-            run(TOOLS / 'test.py', config, converted, '--work-dir', evaluated)
-        found['converted'] = last_map(evaluated)
-        for name, backbone, start in (('static-finetuned', STATIC, static),
-                                      ('converted-finetuned', '', converted)):
-            found[name], _ = train(work, name, seed, args.finetune, 3e-4, backbone,
-                                   load_from=start)
-        found['scratch'], _ = train(work, 'scratch', seed, args.epochs + args.finetune, 1e-3,
-                                    anneal=True)
-        for name, value in found.items():
-            results[name].append(value)
-    budgets = dict(zip(ROWS, (args.epochs, args.epochs, *[args.epochs + args.finetune] * 3)))
-    lines = [f'| detector | epochs in all | box mAP, mean of {len(args.seeds)} seeds | range |',
-             '| --- | --- | --- | --- |']
-    for name, values in results.items():
-        lines.append(f'| {ROWS[name]} | {budgets[name]} | {statistics.mean(values):.3f} | '
-                     f'{min(values):.3f} to {max(values):.3f} |')
-    (args.work_dir / 'inflation.md').write_text('\n'.join(lines) + '\n')
-    print('\n'.join(lines))
+    threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
+    with errors_explained(), concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        runs = [pool.submit(part, seed, args, threads)
+                for seed in args.seeds for part in (from_scratch, pretrained)]
+        found = [done.result() for done in runs]
+    total = args.iterations + args.finetune
+    budgets = {'static, trained': args.iterations, 'converted from it': args.iterations}
+    rows = {name: [result[name] for result in found if name in result]
+            for name in (*found[1], *found[0])}
+    lines = ['| detector | iterations in all | box mAP |', '| --- | --- | --- |']
+    for name, scores in rows.items():
+        spread = f' ± {statistics.stdev(scores):.3f}' if len(scores) > 1 else ''
+        lines.append(f'| {name} | {budgets.get(name, total)} | '
+                     f'{statistics.mean(scores):.3f}{spread} |')
+    text = '\n'.join([*lines, ''])
+    (args.work_dir / 'inflation.md').write_text(text)
+    (args.work_dir / 'inflation.json').write_text(json.dumps(rows, indent=1))
+    Console().print(Markdown(text))
 
 
 if __name__ == '__main__':
