@@ -1,11 +1,15 @@
 """Write a small COCO detection and instance segmentation dataset without any download.
 
-    python digits.py OUT_DIR [--train 1000] [--val 200] [--size 192] [--seed 0]
+    python digits.py OUT_DIR [--train 1000] [--val 200] [--size 192] [--seed 0] [--classification]
 
 The 1797 handwritten digits of ``sklearn.datasets.load_digits`` are composited onto random crops
 of the two photographs of ``sklearn.datasets.load_sample_images``. OUT_DIR receives::
 
     train/000001.jpg ...   val/000001.jpg ...   annotations/{train,val}.json   digits.json
+
+and with ``--classification`` images of one digit each, in a folder for each class::
+
+    train/0/000001.jpg ...   val/0/000001.jpg ...   digits.json
 
 Train and val use disjoint source digits (see ``split_digits``) and share the two photographs. The
 same options and library versions give the same bytes, and an image depends on the seed, its split
@@ -102,6 +106,24 @@ def pick_colour(background, rng):
     return rng.uniform(0, 75, 3) if background.mean() > 120 else rng.uniform(180, 255, 3)
 
 
+def paste_digit(canvas, occupied, ink, side, rng):
+    """Paint ink (8, 8), ``side`` px high at most, where ``occupied`` (size, size) is False.
+
+    Changes the canvas (size, size, 3) and ``occupied``. Returns the digit's mask, uint8 (size,
+    size) in {0, 1}, or None, having changed nothing, if it does not fit.
+    """
+    alpha = upscale_ink(ink, side)
+    window = find_free_window(occupied, alpha.shape, rng)
+    if window is None:
+        return None
+    occupied[window] = True
+    colour = pick_colour(canvas[window], rng)
+    canvas[window] += alpha[..., None] * (colour - canvas[window])
+    mask = np.zeros(occupied.shape, np.uint8)
+    mask[window] = alpha > 0.5
+    return mask
+
+
 def compose_image(ink, pool, photos, size, rng):
     """Composite 3 to 8 digits of ``pool`` (source indices), fewer if they do not fit.
 
@@ -112,17 +134,24 @@ def compose_image(ink, pool, photos, size, rng):
     occupied = np.zeros((size, size), bool)
     digits = []
     for source in rng.choice(pool, rng.integers(3, 9)):
-        alpha = upscale_ink(ink[source], int(rng.integers(size // 6, size // 3 + 1)))
-        window = find_free_window(occupied, alpha.shape, rng)
-        if window is None:
-            continue
-        occupied[window] = True
-        colour = pick_colour(canvas[window], rng)
-        canvas[window] += alpha[..., None] * (colour - canvas[window])
-        mask = np.zeros((size, size), np.uint8)
-        mask[window] = alpha > 0.5
-        digits.append((source, mask))
-    return canvas.round().clip(0, 255).astype(np.uint8), digits
+        side = int(rng.integers(size // 6, size // 3 + 1))
+        mask = paste_digit(canvas, occupied, ink[source], side, rng)
+        if mask is not None:
+            digits.append((source, mask))
+    return to_image(canvas), digits
+
+
+def compose_single(ink, photos, size, rng):
+    """Return a BGR image, uint8 (size, size, 3), of ink (8, 8) at half its side or more."""
+    canvas = crop_background(photos, size, rng)
+    side = int(rng.integers(size // 2, size + 1))
+    paste_digit(canvas, np.zeros((size, size), bool), ink, side, rng)
+    return to_image(canvas)
+
+
+def to_image(canvas):
+    """Round a float canvas in 0..255 to uint8."""
+    return canvas.round().clip(0, 255).astype(np.uint8)
 
 
 def annotate_digit(mask, source, label):
@@ -172,6 +201,21 @@ def write_split(root, split, settings, sources):
     (root / 'annotations' / f'{split}.json').write_text(json.dumps(content), encoding='utf-8')
 
 
+def write_classes(root, split, settings, sources):
+    """Write the images of ``split`` under ``root``, one folder for each class."""
+    ink, labels, photos = sources
+    seed = [settings['seed'], SPLITS.index(split)]
+    # Each source digit once, in random order, before any comes twice.
+    pool = np.random.default_rng(seed).permutation(split_digits(labels)[split])
+    for label in range(10):
+        (root / split / str(label)).mkdir(parents=True)
+    for index in range(settings[split]):
+        source = pool[index % len(pool)]
+        rng = np.random.default_rng([*seed, index])
+        image = compose_single(ink[source], photos, settings['size'], rng)
+        write_jpeg(root / split / str(labels[source]) / f'{index + 1:06d}.jpg', image)
+
+
 def read_marker(out_dir):
     """Return the settings ``out_dir`` was made with, None if this tool did not make it."""
     marker = out_dir / MARKER
@@ -205,7 +249,8 @@ def can_reuse(out_dir, settings):
 
 def describe(settings):
     """Return the settings as the options that give them."""
-    return ' '.join(f'--{name} {value}' for name, value in settings.items() if name != 'made_by')
+    return ' '.join(f'--{name}' if value is True else f'--{name} {value}'
+                    for name, value in settings.items() if name != 'made_by')
 
 
 def estimate_bytes(settings):
@@ -231,9 +276,13 @@ def write_dataset(out_dir, settings):
     partial = out_dir.with_name(f'{out_dir.name}.partial-{os.getpid()}')
     partial.mkdir(parents=True)
     try:
-        (partial / 'annotations').mkdir()
+        if 'classification' in settings:
+            write = write_classes
+        else:
+            write = write_split
+            (partial / 'annotations').mkdir()
         for split in SPLITS:
-            write_split(partial, split, settings, sources)
+            write(partial, split, settings, sources)
         (partial / MARKER).write_text(json.dumps(settings), encoding='utf-8')
         if out_dir.exists():
             out_dir.rmdir()  # Fails unless still empty; Windows renames onto no directory at all.
@@ -267,6 +316,8 @@ def parse_args(argv=None):
     parser.add_argument('--val', type=int, default=200, help='number of val images')
     parser.add_argument('--size', type=int, default=192, help='side of the square images in px')
     parser.add_argument('--seed', type=int, default=0, help='seed of every random choice')
+    parser.add_argument('--classification', action='store_true',
+                        help='one digit an image, in a folder for each class')
     args = parser.parse_args(argv)
     for name, minimum in {'train': 1, 'val': 1, 'size': 64, 'seed': 0}.items():
         if getattr(args, name) < minimum:
@@ -278,6 +329,8 @@ def main(argv=None):
     """Run the command line; every expected failure is one sentence and exit status 1."""
     args = parse_args(argv)
     settings = {'made_by': MADE_BY, **vars(args)}
+    if not settings['classification']:
+        del settings['classification']  # so that datasets made before there was it are reused
     out_dir = settings.pop('out_dir').resolve()
     try:
         print(make_dataset(out_dir, settings))
