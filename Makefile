@@ -59,7 +59,7 @@ quickstart: env
 pretrain: env
 	$(PIP) -e '.[imagenet]'
 	$(BIN)/python tools/dataset_converters/digits.py data/digits-classification \
-	  --classification --train 1433 --val 364 --size 64  # each of scikit-learn's digits once
+	  --classification --train 1433 --val 364 --size 32  # each of scikit-learn's digits once
 	$(BIN)/python tools/dataset_converters/digits.py data/digits
 	$(BIN)/mim train mmpretrain configs/quickstart/od-r18-k4_digits.py \
 	  --work-dir work_dirs/pretrain --resume

@@ -7,7 +7,7 @@ of the two photographs of ``sklearn.datasets.load_sample_images``. OUT_DIR recei
 
     train/000001.jpg ...   val/000001.jpg ...   annotations/{train,val}.json   digits.json
 
-and with ``--classification`` images of one digit each, in a folder for each class::
+and with ``--classification`` one digit an image, white on black, in a folder for each class::
 
     train/0/000001.jpg ...   val/0/000001.jpg ...   digits.json
 
@@ -106,24 +106,6 @@ def pick_colour(background, rng):
     return rng.uniform(0, 75, 3) if background.mean() > 120 else rng.uniform(180, 255, 3)
 
 
-def paste_digit(canvas, occupied, ink, side, rng):
-    """Paint ink (8, 8), ``side`` px high at most, where ``occupied`` (size, size) is False.
-
-    Changes the canvas (size, size, 3) and ``occupied``. Returns the digit's mask, uint8 (size,
-    size) in {0, 1}, or None, having changed nothing, if it does not fit.
-    """
-    alpha = upscale_ink(ink, side)
-    window = find_free_window(occupied, alpha.shape, rng)
-    if window is None:
-        return None
-    occupied[window] = True
-    colour = pick_colour(canvas[window], rng)
-    canvas[window] += alpha[..., None] * (colour - canvas[window])
-    mask = np.zeros(occupied.shape, np.uint8)
-    mask[window] = alpha > 0.5
-    return mask
-
-
 def compose_image(ink, pool, photos, size, rng):
     """Composite 3 to 8 digits of ``pool`` (source indices), fewer if they do not fit.
 
@@ -134,24 +116,17 @@ def compose_image(ink, pool, photos, size, rng):
     occupied = np.zeros((size, size), bool)
     digits = []
     for source in rng.choice(pool, rng.integers(3, 9)):
-        side = int(rng.integers(size // 6, size // 3 + 1))
-        mask = paste_digit(canvas, occupied, ink[source], side, rng)
-        if mask is not None:
-            digits.append((source, mask))
-    return to_image(canvas), digits
-
-
-def compose_single(ink, photos, size, rng):
-    """Return a BGR image, uint8 (size, size, 3), of ink (8, 8) at half its side or more."""
-    canvas = crop_background(photos, size, rng)
-    side = int(rng.integers(size // 2, size + 1))
-    paste_digit(canvas, np.zeros((size, size), bool), ink, side, rng)
-    return to_image(canvas)
-
-
-def to_image(canvas):
-    """Round a float canvas in 0..255 to uint8."""
-    return canvas.round().clip(0, 255).astype(np.uint8)
+        alpha = upscale_ink(ink[source], int(rng.integers(size // 6, size // 3 + 1)))
+        window = find_free_window(occupied, alpha.shape, rng)
+        if window is None:
+            continue
+        occupied[window] = True
+        colour = pick_colour(canvas[window], rng)
+        canvas[window] += alpha[..., None] * (colour - canvas[window])
+        mask = np.zeros((size, size), np.uint8)
+        mask[window] = alpha > 0.5
+        digits.append((source, mask))
+    return canvas.round().clip(0, 255).astype(np.uint8), digits
 
 
 def annotate_digit(mask, source, label):
@@ -203,17 +178,17 @@ def write_split(root, split, settings, sources):
 
 def write_classes(root, split, settings, sources):
     """Write the images of ``split`` under ``root``, one folder for each class."""
-    ink, labels, photos = sources
-    seed = [settings['seed'], SPLITS.index(split)]
+    ink, labels, _ = sources
+    size, rng = settings['size'], np.random.default_rng([settings['seed'], SPLITS.index(split)])
     # Each source digit once, in random order, before any comes twice.
-    pool = np.random.default_rng(seed).permutation(split_digits(labels)[split])
+    pool = rng.permutation(split_digits(labels)[split])
     for label in range(10):
         (root / split / str(label)).mkdir(parents=True)
     for index in range(settings[split]):
         source = pool[index % len(pool)]
-        rng = np.random.default_rng([*seed, index])
-        image = compose_single(ink[source], photos, settings['size'], rng)
-        write_jpeg(root / split / str(labels[source]) / f'{index + 1:06d}.jpg', image)
+        image = cv2.resize(ink[source], (size, size), interpolation=cv2.INTER_CUBIC)
+        write_jpeg(root / split / str(labels[source]) / f'{index + 1:06d}.jpg',
+                   (255 * image).round().clip(0, 255).astype(np.uint8))
 
 
 def read_marker(out_dir):
@@ -317,9 +292,10 @@ def parse_args(argv=None):
     parser.add_argument('--size', type=int, default=192, help='side of the square images in px')
     parser.add_argument('--seed', type=int, default=0, help='seed of every random choice')
     parser.add_argument('--classification', action='store_true',
-                        help='one digit an image, in a folder for each class')
+                        help='one digit an image, a folder a class')
     args = parser.parse_args(argv)
-    for name, minimum in {'train': 1, 'val': 1, 'size': 64, 'seed': 0}.items():
+    smallest = 32 if args.classification else 64
+    for name, minimum in {'train': 1, 'val': 1, 'size': smallest, 'seed': 0}.items():
         if getattr(args, name) < minimum:
             parser.error(f'--{name} must be at least {minimum}')
     return args
