@@ -38,7 +38,7 @@ $(VENV)/ready: setup.py pyproject.toml $(wildcard requirements/*.txt)
 	  MMCV_WITH_OPS=1 $(PIP) --no-build-isolation '$(MMCV)' || \
 	  { echo 'error: mmcv was not built: see Troubleshooting in README.md'; exit 1; }; }
 	$(PIP) -r $(REQUIREMENTS) 'setuptools<81'  # mim imports its pkg_resources
-	$(PIP) -e '.[quickstart,tests]'
+	$(PIP) -e '.[quickstart,tests,imagenet]'
 	$(PIP) --no-deps openmim  # its dependencies would replace setuptools, rich and more
 	$(PIP) click colorama model-index pandas requests rich tabulate
 # opencv-python, which mmcv asks for, needs libGL and X11 of the system; headless does without.
@@ -57,7 +57,6 @@ quickstart: env
 	$(BIN)/python tools/analysis_tools/report.py $(WORK)
 
 pretrain: env
-	$(PIP) -e '.[imagenet]'
 	$(BIN)/python tools/dataset_converters/digits.py data/digits-classification \
 	  --classification --train 1433 --val 364 --size 32  # each of scikit-learn's digits once
 	$(BIN)/python tools/dataset_converters/digits.py data/digits
