@@ -1,4 +1,5 @@
 # make quickstart [MODEL=mask]   environment, data, training, evaluation, pictures
+# make pretrain                  a classifier, then a detector from its checkpoint
 # make test [STACK=onedl]        the whole suite
 # make env [TORCH=torch==2.13.0] the environment alone; reuses a torch and mmcv of $(PYTHON)
 PYTHON ?= python3
@@ -17,9 +18,10 @@ MMCV := $(shell grep mmcv $(REQUIREMENTS))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 CONFIG := $(MODEL)-rcnn_od-r18-k4_fpn_digits.py
+PRETRAINED := faster-rcnn_od-r18-k4-pretrained_fpn_digits.py
 WORK := work_dirs/quickstart$(if $(filter-out faster,$(MODEL)),-$(MODEL))
 
-.PHONY: env quickstart test lint clean
+.PHONY: env quickstart pretrain test lint clean
 env: $(VENV)/ready
 
 $(VENV)/ready: setup.py pyproject.toml $(wildcard requirements/*.txt)
@@ -36,7 +38,7 @@ $(VENV)/ready: setup.py pyproject.toml $(wildcard requirements/*.txt)
 	  MMCV_WITH_OPS=1 $(PIP) --no-build-isolation '$(MMCV)' || \
 	  { echo 'error: mmcv was not built: see Troubleshooting in README.md'; exit 1; }; }
 	$(PIP) -r $(REQUIREMENTS) 'setuptools<81'  # mim imports its pkg_resources
-	$(PIP) -e '.[quickstart,tests]'
+	$(PIP) -e '.[quickstart,tests,imagenet]'
 	$(PIP) --no-deps openmim  # its dependencies would replace setuptools, rich and more
 	$(PIP) click colorama model-index pandas requests rich tabulate
 # opencv-python, which mmcv asks for, needs libGL and X11 of the system; headless does without.
@@ -53,6 +55,14 @@ quickstart: env
 	$(BIN)/mim test mmdet_odconv $(CONFIG) --checkpoint "$$(cat $(WORK)/last_checkpoint)" \
 	  --work-dir $(WORK) --out $(WORK)/predictions.pkl
 	$(BIN)/python tools/analysis_tools/report.py $(WORK)
+
+pretrain: env
+	$(BIN)/python tools/dataset_converters/digits.py data/digits-classification \
+	  --classification --train 1433 --val 364 --size 32  # each of scikit-learn's digits once
+	$(BIN)/python tools/dataset_converters/digits.py data/digits
+	$(BIN)/mim train mmpretrain configs/quickstart/od-r18-k4_digits.py \
+	  --work-dir work_dirs/pretrain --resume
+	$(BIN)/mim train mmdet_odconv $(PRETRAINED) --work-dir work_dirs/quickstart-pretrained --resume
 
 test: env
 	$(BIN)/python -m pytest -n 2 tests

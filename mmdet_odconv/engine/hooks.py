@@ -126,7 +126,7 @@ class InputCheckHook(Hook):
         for name, module in runner.model.named_modules():
             num_classes = getattr(module, 'num_classes', None)
             # A region proposal head knows one class, object, whatever the dataset's are.
-            if (re.search(r'(^|\.)(bbox|mask)_head(\.\d+)?$', name) and num_classes is not None
+            if (re.search(r'(^|\.)((bbox|mask)_)?head(\.\d+)?$', name) and num_classes is not None
                     and num_classes != expected):
                 raise InputError(
                     f'{name} has num_classes={num_classes} but {datasets[expected]} has '

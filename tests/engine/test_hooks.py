@@ -116,6 +116,15 @@ def test_datasets_are_checked_in_any_wrapper(wrap):
         check(wrap(Fake(found=2)))
 
 
+def test_a_classifiers_head_is_checked():
+    head = nn.Module()
+    head.num_classes = 10
+    runner = SimpleNamespace(model=nn.ModuleDict(dict(head=head)),
+                             train_dataloader=SimpleNamespace(dataset=Fake()))
+    with pytest.raises(InputError, match=r'^head has num_classes=10 but a\.json has 3 classes'):
+        InputCheckHook().before_train(runner)
+
+
 def test_concatenated_datasets_of_different_classes_need_the_most():
     dataset = ConcatDataset([Fake(), Fake('b.json', classes=('cat', 'dog'))])
     check(dataset)

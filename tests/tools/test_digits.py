@@ -316,3 +316,44 @@ def test_values_out_of_range_are_usage_errors(digits, tmp_path, capsys, options)
     assert exit_info.value.code == 2
     assert f'{options[0]} must be at least' in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope='module')
+def classes(digits, tmp_path_factory):
+    """A classification dataset that no test may change."""
+    out_dir = tmp_path_factory.mktemp('digits') / 'classes'
+    digits.main([str(out_dir), *SMALL, '--classification'])
+    return out_dir
+
+
+def test_classification_has_a_folder_for_each_class(classes, split):
+    assert sorted(path.name for path in (classes / split).iterdir()) == list('0123456789')
+    images = sorted((classes / split).glob('*/*.jpg'), key=lambda path: path.name)
+    assert [path.name for path in images] == [
+        f'{number:06d}.jpg' for number in range(1, SPLIT_SIZES[split] + 1)
+    ]
+    assert all(cv2.imread(str(path)).shape == (96, 96, 3) for path in images)
+
+
+def test_classification_shows_each_source_digit_once(digits, monkeypatch, tmp_path):
+    ink, labels, _ = digits.load_sources()
+    shown = []
+    monkeypatch.setattr(digits, 'write_jpeg', lambda path, image: shown.append(image))
+    for name, pool in digits.split_digits(labels).items():
+        shown.clear()
+        settings = {'size': 8, 'seed': 0, name: len(pool)}
+        digits.write_classes(tmp_path, name, settings, (ink, labels, None))
+        sources = (255 * ink[pool]).round().astype(np.uint8)
+        assert sorted(image.tobytes() for image in shown) == sorted(
+            image.tobytes() for image in sources
+        )
+
+
+def test_classification_is_told_from_detection(digits, dataset, classes, capsys):
+    before = snapshot(classes)
+    digits.main([str(classes), *SMALL, '--classification'])
+    assert 'reused' in capsys.readouterr().out
+    assert snapshot(classes) == before
+    sentence = refusal(digits, classes, *SMALL)
+    assert '--seed 0 --classification, where --train 6' in sentence
+    refusal(digits, dataset, *SMALL, '--classification')

@@ -1,11 +1,15 @@
 """Write a small COCO detection and instance segmentation dataset without any download.
 
-    python digits.py OUT_DIR [--train 1000] [--val 200] [--size 192] [--seed 0]
+    python digits.py OUT_DIR [--train 1000] [--val 200] [--size 192] [--seed 0] [--classification]
 
 The 1797 handwritten digits of ``sklearn.datasets.load_digits`` are composited onto random crops
 of the two photographs of ``sklearn.datasets.load_sample_images``. OUT_DIR receives::
 
     train/000001.jpg ...   val/000001.jpg ...   annotations/{train,val}.json   digits.json
+
+and with ``--classification`` one digit an image, white on black, in a folder for each class::
+
+    train/0/000001.jpg ...   val/0/000001.jpg ...   digits.json
 
 Train and val use disjoint source digits (see ``split_digits``) and share the two photographs. The
 same options and library versions give the same bytes, and an image depends on the seed, its split
@@ -172,6 +176,21 @@ def write_split(root, split, settings, sources):
     (root / 'annotations' / f'{split}.json').write_text(json.dumps(content), encoding='utf-8')
 
 
+def write_classes(root, split, settings, sources):
+    """Write the images of ``split`` under ``root``, one folder for each class."""
+    ink, labels, _ = sources
+    size, rng = settings['size'], np.random.default_rng([settings['seed'], SPLITS.index(split)])
+    # Each source digit once, in random order, before any comes twice.
+    pool = rng.permutation(split_digits(labels)[split])
+    for label in range(10):
+        (root / split / str(label)).mkdir(parents=True)
+    for index in range(settings[split]):
+        source = pool[index % len(pool)]
+        image = cv2.resize(ink[source], (size, size), interpolation=cv2.INTER_CUBIC)
+        write_jpeg(root / split / str(labels[source]) / f'{index + 1:06d}.jpg',
+                   (255 * image).round().clip(0, 255).astype(np.uint8))
+
+
 def read_marker(out_dir):
     """Return the settings ``out_dir`` was made with, None if this tool did not make it."""
     marker = out_dir / MARKER
@@ -205,7 +224,8 @@ def can_reuse(out_dir, settings):
 
 def describe(settings):
     """Return the settings as the options that give them."""
-    return ' '.join(f'--{name} {value}' for name, value in settings.items() if name != 'made_by')
+    return ' '.join(f'--{name}' if value is True else f'--{name} {value}'
+                    for name, value in settings.items() if name != 'made_by')
 
 
 def estimate_bytes(settings):
@@ -231,9 +251,13 @@ def write_dataset(out_dir, settings):
     partial = out_dir.with_name(f'{out_dir.name}.partial-{os.getpid()}')
     partial.mkdir(parents=True)
     try:
-        (partial / 'annotations').mkdir()
+        if 'classification' in settings:
+            write = write_classes
+        else:
+            write = write_split
+            (partial / 'annotations').mkdir()
         for split in SPLITS:
-            write_split(partial, split, settings, sources)
+            write(partial, split, settings, sources)
         (partial / MARKER).write_text(json.dumps(settings), encoding='utf-8')
         if out_dir.exists():
             out_dir.rmdir()  # Fails unless still empty; Windows renames onto no directory at all.
@@ -267,8 +291,11 @@ def parse_args(argv=None):
     parser.add_argument('--val', type=int, default=200, help='number of val images')
     parser.add_argument('--size', type=int, default=192, help='side of the square images in px')
     parser.add_argument('--seed', type=int, default=0, help='seed of every random choice')
+    parser.add_argument('--classification', action='store_true',
+                        help='one digit an image, a folder a class')
     args = parser.parse_args(argv)
-    for name, minimum in {'train': 1, 'val': 1, 'size': 64, 'seed': 0}.items():
+    smallest = 32 if args.classification else 64
+    for name, minimum in {'train': 1, 'val': 1, 'size': smallest, 'seed': 0}.items():
         if getattr(args, name) < minimum:
             parser.error(f'--{name} must be at least {minimum}')
     return args
@@ -278,6 +305,8 @@ def main(argv=None):
     """Run the command line; every expected failure is one sentence and exit status 1."""
     args = parse_args(argv)
     settings = {'made_by': MADE_BY, **vars(args)}
+    if not settings['classification']:
+        del settings['classification']  # so that datasets made before there was it are reused
     out_dir = settings.pop('out_dir').resolve()
     try:
         print(make_dataset(out_dir, settings))

@@ -1,0 +1,3 @@
+_base_ = './od-mobilenet-v2-k4_8xb32-150e_in1k.py'
+
+model = dict(backbone=dict(type='DyMobileNetV2'))

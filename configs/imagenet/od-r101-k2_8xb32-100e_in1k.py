@@ -1,0 +1,3 @@
+_base_ = './od-r50-k4_8xb32-100e_in1k.py'
+
+model = dict(backbone=dict(depth=101, kernel_num=2))

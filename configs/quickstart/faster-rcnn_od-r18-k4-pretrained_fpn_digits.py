@@ -1,0 +1,14 @@
+_base_ = './faster-rcnn_od-r18-k4_fpn_digits.py'
+
+# The classifier of od-r18-k4_digits.py, trained by `make pretrain`.
+model = dict(
+    backbone=dict(
+        init_cfg=dict(
+            type='Pretrained', checkpoint='work_dirs/pretrain/epoch_4.pth', prefix='backbone.')))
+# Its banks are trained already: attention need not start out near-uniform, and one epoch will do.
+custom_hooks = [dict(type='InputCheckHook')]
+train_cfg = dict(max_epochs=1)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
+    dict(type='CosineAnnealingLR', by_epoch=False, begin=125, end=250, T_max=125, eta_min=1e-6)
+]
