@@ -26,8 +26,9 @@ def read_weights(filename: str, map_location='cpu') -> Tuple[Dict[str, Tensor], 
         raise InputError(f'Checkpoint {filename} holds a {type(checkpoint).__name__}, where a '
                          'dict of weights was expected: save model.state_dict().')
     state = checkpoint.get('state_dict', checkpoint)
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)} \
-        if isinstance(state, Mapping) else {}
+    state = state if isinstance(state, Mapping) else {}
+    tensors = {name: value for name, value in state.items()
+               if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors or len(tensors) != len(state):
         raise InputError(f'Checkpoint {filename} holds no state_dict of tensors, but '
                          f'{", ".join(map(str, list(checkpoint)[:5])) or "nothing"}: '
@@ -41,7 +42,7 @@ def read_weights(filename: str, map_location='cpu') -> Tuple[Dict[str, Tensor], 
 
 def kept_meta(checkpoint: dict) -> dict:
     """What holds of a converted checkpoint as it did before: the classes."""
-    meta = checkpoint.get('meta', {}) if 'state_dict' in checkpoint else {}
+    meta = (checkpoint.get('meta') or {}) if 'state_dict' in checkpoint else {}
     return {name: meta[name] for name in ('CLASSES', 'PALETTE', 'dataset_meta') if name in meta}
 
 
@@ -77,6 +78,8 @@ def writing(path: Path, force: bool = False) -> Iterator[Path]:
 @contextlib.contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     temporary = None
+    if path.is_dir():
+        raise InputError(f'{path} is a directory: give the name of a file.')
     try:
         handle, temporary = tempfile.mkstemp(path.suffix, f'.{path.stem}-', path.parent)
         os.close(handle)

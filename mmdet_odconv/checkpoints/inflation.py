@@ -48,7 +48,8 @@ def to_dynamic(model: nn.Module,
 
     Raises:
         ValueError: if no convolution is left to replace, if a pattern is no regular expression,
-            or if ``conv_cfg`` names no dynamic convolution.
+            if ``conv_cfg`` names no dynamic convolution, or if a convolution has hooks or shares
+            its weight with another. ``model`` is then as it was.
     """
     include = _compile(include)
     spares_stem = exclude is None
@@ -61,14 +62,14 @@ def to_dynamic(model: nn.Module,
     def matches(patterns: List[re.Pattern], conv: nn.Module) -> bool:
         return any(pattern.fullmatch(name) for pattern in patterns for name in names[conv])
 
-    chosen = [re.escape(name) for conv in names for name in names[conv]
+    chosen = {name for conv in names for name in names[conv]
               if matches(include, conv) and not matches(exclude, conv)
-              and not (spares_stem and conv.in_channels <= IMAGE_CHANNELS)]
+              and not (spares_stem and conv.in_channels <= IMAGE_CHANNELS)}
     if not chosen:
         found = few([name for of_conv in names.values() for name in of_conv]) or 'it has none'
         raise ValueError(f'of the {len(names)} nn.Conv2d in {type(model).__name__} include chooses '
                          f'none that exclude leaves: {found}')
-    replace_convs(model, '|'.join(chosen), conv_cfg, inflate=True)
+    replace_convs(model, chosen.__contains__, conv_cfg, inflate=True)
     return model
 
 
@@ -80,14 +81,18 @@ def _compile(patterns: Patterns) -> List[re.Pattern]:
         raise ValueError(f'{error.pattern!r} is no regular expression ({error}).') from error
 
 
-def load_static(model: nn.Module, state: Mapping[str, Tensor], strict: bool = False) -> None:
+def load_static(model: nn.Module, state: Mapping[str, Tensor], strict: bool = False) -> List[str]:
     """Load weights of a static network into the dynamic one of the same shape: same outputs.
 
     Args:
         model: a dynamic backbone or detector.
         state: of the static one, under MMDetection's or torchvision's names.
-        strict: refuse weights that leave any tensor of ``model`` unset; else, what has no place
-            among dynamic layers may keep its initialisation, and one line of the log names it.
+        strict: refuse weights that leave any tensor of ``model`` unset, or that the parts which
+            ``model`` has would leave out; else, what has no place among dynamic layers may keep
+            its initialisation, and one line of the log names it.
+
+    Returns:
+        Names of the weights that were left out.
 
     Raises:
         InputError: that names dynamic layers without a static kernel, or kernels of another shape.
@@ -117,12 +122,18 @@ def load_static(model: nn.Module, state: Mapping[str, Tensor], strict: bool = Fa
     if missing and strict:
         raise InputError(f'The static weights lack {len(missing)} tensors of {kind}: '
                          f'{few(missing)}; give weights of the same network.')
+    parts = dict(model.named_children())
+    surplus = [name for name in result.unexpected_keys if name.split('.')[0] in parts]
+    if surplus and strict:
+        raise InputError(f'{kind} has no place for {len(surplus)} of the static weights: '
+                         f'{few(surplus)}; give weights of the same network.')
     message = f'{kind}: {len(layers)} dynamic layers inflated from static kernels'
     for names, what in ((missing, 'as initialised, for want of weights'),
                         (result.unexpected_keys, 'left out, unknown here')):
         if names:
             message += f'; {what}: {few(names)}'
     print_log(f'{message}.', logger='current')
+    return result.unexpected_keys
 
 
 @contextlib.contextmanager
@@ -145,6 +156,8 @@ class StaticPretrainedInit(PretrainedInit):
     Args:
         checkpoint, prefix, map_location: as MMEngine's ``Pretrained`` takes them; of a whole
             detector's file, a dynamic backbone finds its part without a prefix.
+
+    In a list of initialisers it comes last, since MMEngine applies them in turn.
     """
 
     def __call__(self, module: nn.Module) -> None:

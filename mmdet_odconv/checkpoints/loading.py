@@ -10,7 +10,6 @@ import functools
 import os
 import pickle
 import re
-import zipfile
 from pathlib import Path
 from typing import Callable
 
@@ -64,20 +63,27 @@ def _weights_only(load: Callable[..., dict]) -> Callable[..., dict]:
         try:
             with _force_weights_only():
                 checkpoint = load(filename, map_location=map_location, **kwargs)
+        except (InputError, MemoryError):
+            raise
+        except OSError as error:
+            raise InputError(f'Checkpoint {filename} could not be read '
+                             f'({error.strerror or error}): check the path, or the address and '
+                             'the network.') from error
         except pickle.UnpicklingError as error:
             found = re.search(r'GLOBAL (.+?) was not', str(error))
             if not found and not (is_local and _is_pickle(filename)):
-                raise InputError(f'{filename} is not a checkpoint that torch can read: give a '
-                                 'file that torch.save wrote, whole.') from error
+                raise _unreadable(filename) from error
             found = found.group(1) if found else 'more than weights'
             raise InputError(
                 f'Checkpoint {filename} was refused, and nothing in it was run, because it holds '
                 f'{found}, where tensors, plain Python values and MMEngine logs were expected: '
                 'if you trust it, save its weights alone, torch.save({"state_dict": ...}), and '
                 'give that file.') from error
-        except (EOFError, RuntimeError) as error:
-            if not _is_damaged(error):
+        except Exception as error:  # damage comes out as whatever the bytes happen to mean
+            if _is_of_the_machine(error, is_local):
                 raise
+            if is_local and ('TorchScript' in str(error) or not _is_pickle(filename)):
+                raise _unreadable(filename) from error
             size = f' ({Path(filename).stat().st_size} bytes)' if is_local else ''
             again = ('copy or save it again' if is_local else
                      f'remove the copy in {torch.hub.get_dir()}/checkpoints to download it again')
@@ -92,15 +98,21 @@ def _weights_only(load: Callable[..., dict]) -> Callable[..., dict]:
 
 
 def _is_pickle(filename: str) -> bool:
-    """Whether torch.save could have written the file, in either of its formats."""
-    if zipfile.is_zipfile(filename):
-        return True
+    """Whether the file begins as torch.save begins one, in either of its formats."""
     with open(filename, 'rb') as file:
-        return file.read(1) == pickle.PROTO
+        return file.read(2).startswith((pickle.PROTO, b'PK'))
 
 
-def _is_damaged(error: Exception) -> bool:
-    return isinstance(error, EOFError) or 'PytorchStreamReader' in str(error)
+def _unreadable(filename: str) -> InputError:
+    return InputError(f'{filename} is not a checkpoint that torch can read: give a file that '
+                      'torch.save wrote, whole.')
+
+
+def _is_of_the_machine(error: Exception, is_local: bool) -> bool:
+    """Whether it tells of a device, or of a download, rather than of what the file holds."""
+    if not is_local:
+        return not isinstance(error, EOFError) and 'PytorchStreamReader' not in str(error)
+    return isinstance(error, RuntimeError) and 'cuda' in str(error).lower()
 
 
 @contextlib.contextmanager

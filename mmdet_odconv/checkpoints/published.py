@@ -108,6 +108,7 @@ def _rename(backbone: nn.Module, state: Dict[str, Tensor], prefix: str, *_) -> N
     ours, classifier = convert_published(theirs)
     own = backbone.state_dict()
     _check_architecture(type(backbone).__name__, own, ours)
+    _check_shapes(own, ours)
     unknown = [name for name in ours if name not in own]
     if len(unknown) == len(ours):
         raise InputError(f'The checkpoint has none of the weights of {type(backbone).__name__}, '
@@ -144,6 +145,26 @@ def _check_architecture(kind: str, own: Mapping[str, Tensor], given: Mapping[str
         if found != value:
             raise InputError(f'{kind} has {name} {value}, but the checkpoint {name} {found}: give '
                              'weights of the same network, or the config of these weights.')
+
+
+def _check_shapes(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Raised, because MMEngine only logs what torch would collect, and trains on."""
+    for name, tensor in given.items():
+        expected = own.get(name, tensor)
+        # What is given for a bank is for its layer to check: it may take a static kernel.
+        if expected.shape != tensor.shape and expected.dim() != 5:
+            hint = ', one with the same dynamic_convs' if tensor.dim() == 5 else ''
+            raise InputError(
+                f'{name} of the checkpoint has the shape {tuple(tensor.shape)}, where '
+                f'{tuple(expected.shape)} was expected: give weights of the same network{hint}.')
+
+
+def check_released(weights: Mapping[str, Tensor]) -> None:
+    """InputError unless ``weights``, under MMDetection's names, are of an ODConv network."""
+    found = architecture(strip_prefix(weights, 'backbone.'))
+    if 'family' not in found or found.get('layer') != 'ODConv2d':
+        raise InputError(f'The file holds {few(list(weights))}, where a ResNet or MobileNetV2 with '
+                         'ODConv was expected: give a file of the ODConv release.')
 
 
 def architecture(state: Mapping[str, Tensor]) -> Dict[str, object]:

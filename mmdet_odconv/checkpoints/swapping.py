@@ -50,18 +50,25 @@ def swap_backbone(config: Config, kernel_num: int = 4,
     Args:
         config: of a static detector; changed by nothing here.
         kernel_num: number of kernels in each bank.
-        init_cfg: what a ``Pretrained`` of the backbone becomes; ``None`` initialises nothing.
+        init_cfg: what a ``Pretrained`` of the backbone, or of what it is in, becomes; ``None``
+            initialises nothing.
 
     Raises:
-        InputError: with the reason, if the backbone cannot be made dynamic.
+        InputError: with the reason, if the backbone cannot be made dynamic, or if the config
+            starts from a whole static detector that ``init_cfg`` does not convert.
     """
     init_default_scope(config.get('default_scope', 'mmdet'))
+    if init_cfg is not None and config.get('load_from'):
+        raise InputError(f'The config starts from a whole static detector, {config.load_from}: '
+                         'give it as --checkpoint, with the config that it was trained with, or '
+                         'set load_from=None.')
     changes: dict = {}
-    for path, backbone in _backbones(config.get('model', {})):
-        part = changes
+    for path, backbone in _backbones(config.get('model') or {}):
+        part, given = changes, config.model
         for key in path:
-            part = part.setdefault(key, {})
-        part.update(_change_of(backbone, kernel_num, init_cfg))
+            part.update(_init_of(given, init_cfg))
+            part, given = part.setdefault(key, {}), given[key]
+        part.update(_change_of(backbone, kernel_num), **_init_of(backbone, init_cfg))
     if not changes:
         raise InputError('The config has no model with a backbone.')
     return changes
@@ -77,7 +84,21 @@ def _backbones(model: dict, path: Tuple[str, ...] = ()) -> Iterator[Tuple[Tuple[
                 yield from _backbones(value, (*path, key))
 
 
-def _change_of(backbone: dict, kernel_num: int, init_cfg: Optional[str]) -> Dict[str, object]:
+def _init_of(module: dict, init_cfg: Optional[str]) -> Dict[str, object]:
+    """What the ``init_cfg`` of a config's module becomes; empty where it stays."""
+    given = module.get('init_cfg')
+    if init_cfg is None:
+        return dict(init_cfg=None) if given is not None else {}
+    if isinstance(given, dict) and given['type'] == 'Pretrained':
+        return dict(init_cfg=dict(given, type=init_cfg))
+    if isinstance(given, (list, tuple)):  # applied in turn: the weights last, as MMEngine does
+        others = [dict(cfg) for cfg in given if cfg['type'] != 'Pretrained']
+        return dict(init_cfg=[*others, *(dict(cfg, type=init_cfg) for cfg in given
+                                         if cfg['type'] == 'Pretrained')])
+    return {}
+
+
+def _change_of(backbone: dict, kernel_num: int) -> Dict[str, object]:
     kind = backbone['type']
     if isinstance(kind, type):
         raise InputError(f"{kind.__name__} is given as a class, as in MMEngine's pure Python "
@@ -97,25 +118,17 @@ def _change_of(backbone: dict, kernel_num: int, init_cfg: Optional[str]) -> Dict
     if isinstance(static, dict):
         raise InputError(f'{name} has conv_cfg={static["type"]} already.')
     if name in SWAPS:
-        change = dict(type=SWAPS[name], kernel_num=kernel_num)
-    elif conv_cfg is not None:
-        change = dict(conv_cfg=dict(type='ODConv2d', kernel_num=kernel_num))
-    else:
-        raise InputError(f'{name} takes no conv_cfg.')
-    given = backbone.get('init_cfg')
-    if init_cfg is None:
-        change['init_cfg'] = None
-    elif isinstance(given, dict) and given['type'] == 'Pretrained':
-        change['init_cfg'] = dict(given, type=init_cfg)
-    elif isinstance(given, (list, tuple)):
-        change['init_cfg'] = [dict(cfg, type=init_cfg) if cfg['type'] == 'Pretrained' else
-                              dict(cfg) for cfg in given]
-    return change
+        return dict(type=SWAPS[name], kernel_num=kernel_num)
+    if conv_cfg is not None:
+        return dict(conv_cfg=dict(type='ODConv2d', kernel_num=kernel_num))
+    raise InputError(f'{name} takes no conv_cfg.')
 
 
 def build_model(config: Config) -> nn.Module:
     """The model of a config, with weights as constructed."""
     init_default_scope(config.get('default_scope', 'mmdet'))
+    if not config.get('model'):
+        raise InputError(f'{config.filename} has no model: give the config of a detector.')
     model = copy.deepcopy(config.model)  # some detectors change what they are given
     if config.get('data_preprocessor') is not None:
         model.setdefault('data_preprocessor', config.data_preprocessor)

@@ -6,6 +6,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, Runner
 
+from ..checkpoints.published import check_finite, few, strip_prefix
 from ..errors import InputError
 from ..layers import set_temperature
 
@@ -61,7 +62,8 @@ class InputCheckHook(Hook):
 
     A dataset whose annotations lack classes that the config names; a head whose num_classes is
     not their number (unless the dataset is panoptic, where some heads know things alone, or the
-    classes are named by text); and, when testing or resuming, a checkpoint of another architecture.
+    classes are named by text); a checkpoint with NaNs; and, when testing or resuming, one of
+    another architecture.
 
     Raises:
         InputError: with the values found and expected.
@@ -78,8 +80,9 @@ class InputCheckHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         state = checkpoint.get('state_dict', checkpoint)
-        state = {re.sub(r'^module\.', '', name): value for name, value in state.items()}
+        state = strip_prefix(state, 'module.')
         model = getattr(runner.model, 'module', runner.model)
+        check_finite({name: state[name] for name, _ in model.named_parameters() if name in state})
         mismatched: List[str] = []
         try:
             missing = model.load_state_dict(state, strict=False).missing_keys
@@ -95,10 +98,15 @@ class InputCheckHook(Hook):
                 return
         elif not missing and not mismatched:
             return
+
+
+        def among(names: List[str]) -> str:
+            return f' ({few(names)})' if names else ''
+
         raise InputError(
             f'The checkpoint is of another architecture than {type(model).__name__} in the config: '
-            f'of {len(model.state_dict())} tensors {len(missing)} are missing{_few(missing)} and '
-            f'{len(mismatched)} have another shape{_few(mismatched)}; give the config that the '
+            f'of {len(model.state_dict())} tensors {len(missing)} are missing{among(missing)} and '
+            f'{len(mismatched)} have another shape{among(mismatched)}; give the config that the '
             'checkpoint was trained with.')
 
     @staticmethod
@@ -142,7 +150,3 @@ def _unwrapped(dataset) -> Iterator:
         yield from _unwrapped(dataset.dataset)
     else:
         yield dataset
-
-
-def _few(names: List[str]) -> str:
-    return f' ({", ".join(names[:3])}{", ..." if len(names) > 3 else ""})' if names else ''

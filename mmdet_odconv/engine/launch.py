@@ -90,6 +90,9 @@ def explain(error: BaseException) -> Optional[str]:
         near = difflib.get_close_matches(name, known, n=3)
         hint = f'did you mean {" or ".join(near)}?' if near else 'check it and custom_imports.'
         return f'No {kind} is registered as {name}: {hint}'
+    config = _locals_of(error, '_file2dict').get('filename')
+    if config is not None and isinstance(error, (SyntaxError, OSError)):
+        return f'Config {config} could not be read ({error}): check it and its _base_.'
     dataset = _locals_of(error, 'load_data_list').get('self')
     if dataset is not None:
         ann_file = getattr(dataset, 'ann_file', None)

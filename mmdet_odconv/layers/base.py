@@ -160,9 +160,8 @@ class DynamicConv2d(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         weight = state_dict.get(prefix + 'weight')
-        if weight is not None and weight.shape == self.weight.shape[1:] and self.takes_static:
-            self.inflate(weight, state_dict.get(prefix + 'bias'))
-            state_dict.update(self.state_dict(prefix=prefix))
+        if weight is not None and self.takes_static:
+            self._inflate_from(state_dict, prefix)
         elif weight is not None and weight.shape != self.weight.shape:
             found = (f'a bank of kernel_num={len(weight)}, {tuple(weight.shape)}'
                      if weight.dim() == 5 else f'one static kernel, {tuple(weight.shape)}')
@@ -174,6 +173,18 @@ class DynamicConv2d(nn.Module):
                 "(init_cfg=dict(type='StaticPretrained', checkpoint=...)), or give none "
                 '(init_cfg=None, frozen_stages=-1) to train from scratch.')
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _inflate_from(self, state_dict: Dict[str, Tensor], prefix: str) -> None:
+        """Put the whole layer, inflated from a static kernel, in the place of that kernel."""
+        weight, name = state_dict[prefix + 'weight'], prefix[:-1] or type(self).__name__
+        if weight.dim() == self.weight.dim():
+            raise InputError(f'{name} of the weights holds a bank of {len(weight)} kernels, where '
+                             'a static kernel was expected: load what is dynamic already as it is.')
+        try:
+            self.inflate(weight, state_dict.get(prefix + 'bias'))
+        except ValueError as error:
+            raise InputError(f'{name}: {error}; give weights of the same network.') from error
+        state_dict.update(self.state_dict(prefix=prefix))
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve x, (B, Cin, H, W), to (B, Cout, Hout, Wout); ValueError on other shapes."""

@@ -181,10 +181,40 @@ def test_shared_frozen_and_hooked_convolutions():
     assert not any(p.requires_grad for p in model['c'].parameters())
     assert not model['c'].training and not model['c'].attention.bn.training
     assert all(p.requires_grad for p in model['a'].parameters()) and model['a'][0].training
-    hooked = nn.Sequential(nn.Conv2d(8, 8, 1))
-    hooked[0].register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match='0 has forward hooks, which a ODConv2d'):
-        to_dynamic(hooked, dict(type='ODConv2d'))
+    bias = nn.Sequential(nn.Conv2d(8, 8, 1))
+    bias[0].bias.requires_grad_(False)
+    to_dynamic(bias, dict(type='DyConv2d'))
+    assert [n for n, p in bias.named_parameters() if not p.requires_grad] == ['0.bias']
+
+
+@pytest.mark.parametrize(('change', 'conv_cfg', 'message'), [
+    (lambda conv, _: conv.register_forward_hook(lambda *_: None), {}, '1 has hooks or a forward'),
+    (lambda conv, _: setattr(conv, 'forward', torch.relu), {}, '1 has hooks or a forward of its'),
+    (lambda conv, other: setattr(conv, 'weight', other.weight), {}, '0 shares its weight with 1'),
+    (lambda *_: None, dict(norm_cfg=dict(type='GN', num_groups=3)), 'num_groups'),
+    (lambda *_: None, dict(stride=2), 'conv_cfg has stride, in which a dynamic convolution follow'),
+])
+def test_a_model_that_cannot_be_converted_is_left_as_it_was(change, conv_cfg, message):
+    model = nn.Sequential(nn.Conv2d(48, 48, 1), nn.Conv2d(48, 48, 1))
+    change(model[1], model[0])
+    before = list(model)
+    with pytest.raises(ValueError, match=message):
+        to_dynamic(model, dict(type='ODConv2d', **conv_cfg))
+    assert all(now is then for now, then in zip(model, before))
+
+
+def test_memory_format_is_kept():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3)).to(memory_format=torch.channels_last)
+    to_dynamic(model, dict(type='ODConv2d'))
+    assert model[0].weight[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_weights_of_another_or_a_dynamic_network_are_no_static_ones():
+    with pytest.raises(InputError, match=r'ResNet has no place for .* layer1\.2\.'):
+        load_static(ResNet(18, conv_cfg=dict(type='ODConv2d')), ResNet(34).state_dict(),
+                    strict=True)
+    with pytest.raises(InputError, match=r'layer1\.0\.conv1 .* holds a bank of 4 kernels'):
+        load_static(ODResNet(18), ODResNet(18).state_dict())
 
 
 @pytest.mark.parametrize(('static', 'dynamic'), [
@@ -259,7 +289,7 @@ def test_a_layer_without_a_static_counterpart_is_named():
     with pytest.raises(InputError, match=r'lack 1 tensors of ODResNet: bn1\.weight; give'):
         load_static(ODResNet(18), static, strict=True)
     static['bn1.weight'] = torch.ones(32)
-    with pytest.raises(InputError, match=r'1 tensors .* the first bn1\.weight, \[?32\]? where'):
+    with pytest.raises(InputError, match=r'^bn1\.weight .* \(32,\), where \(64,\) was expected'):
         load_static(ODResNet(18), static)
     with pytest.raises(InputError, match='one static kernel'):
         ODResNet(18).load_state_dict(ResNet(18).state_dict())

@@ -182,6 +182,10 @@ def test_weights_of_no_use_are_refused(data):
 
 
 @pytest.mark.parametrize(('weights', 'message'), [
+    (dict(kernel_num=4, reduction=1 / 2),
+     r'layer1\.0\.conv1\.attention\.fc\.weight .* \(32, 64, 1, 1\), where \(16, 64, 1, 1\)'),
+    (dict(kernel_num=4, dynamic_convs=r'layer.*|conv1'),
+     r'^conv1\.weight .* \(64, 3, 7, 7\) was expected: .* one with the same dynamic_convs'),
     (dict(kernel_num=1), r'layer1\.0\.conv1 has a bank of kernel_num=4, .* kernel_num=1, '),
     (None, r'kernel_num=4, \(4, 64, 64, 3, 3\), but .* one static kernel, \(64, 64, 3, 3\): give'),
 ])

@@ -1,6 +1,7 @@
 """The converters of checkpoints and configs, as commands, on files that a user could give."""
 import hashlib
 import os
+import random
 import runpy
 import sys
 from pathlib import Path
@@ -12,8 +13,8 @@ from mmdet.models.backbones import ResNet
 from mmengine.config import Config
 from mmengine.runner import load_checkpoint
 
-from mmdet_odconv import ODResNet
-from mmdet_odconv.checkpoints import save_checkpoint
+from mmdet_odconv import InputError, ODResNet
+from mmdet_odconv.checkpoints import read_weights, save_checkpoint
 from mmdet_odconv.checkpoints.swapping import build_model
 from mmdet_odconv.layers import DynamicConv2d
 
@@ -184,6 +185,46 @@ def test_checkpoints_that_cannot_be_converted(refused, static, message):
                               '--out', 'dynamic.py')
 
 
+def test_what_is_read_is_never_written_over(root, refused):
+    before = {path: path.read_bytes() for path in (root / 'static.py', root / 'static.pth')}
+    for args in (('--out', 'static.py'), ('--checkpoint', 'static.pth', '--out', './static.py')):
+        assert 'is what is to be swapped: give another name to --out' in refused(
+            'swap_backbone', 'static.py', *args, '--force')
+    (root / 'other.py').write_text((root / 'static.py').read_text())
+    assert 'static.pth is what is to be swapped' in refused(
+        'swap_backbone', 'other.py', '--checkpoint', 'static.pth', '--out', 'static.py', '--force')
+    assert 'where the name of a config, such as od.py, was expected' in refused(
+        'swap_backbone', 'static.py', '--out', 'od.pth')
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_weights_of_whole_static_detectors(root, refused, convert, tmp_path):
+    """Those that a config starts from, by load_from or by init_cfg."""
+    text = (root / 'static.py').read_text()
+    (root / 'started.py').write_text(f"{text}\nload_from = 'static.pth'")
+    assert 'starts from a whole static detector, static.pth: give it as --checkpoint' in refused(
+        'swap_backbone', 'started.py', '--out', tmp_path / 'd.py')
+    init_cfg = "model.update(init_cfg=dict(type='Pretrained', checkpoint='static.pth'))"
+    (root / 'whole.py').write_text(f'{text}\n{init_cfg}')
+    code, _ = convert('swap_backbone', 'whole.py', '--out', tmp_path / 'e.py')
+    assert code is None
+    model = build_model(Config.fromfile(tmp_path / 'e.py'))
+    model.init_weights()
+    static = torch.load(root / 'static.pth')['state_dict']
+    name = 'roi_head.bbox_head.fc_cls.weight'
+    assert torch.equal(model.state_dict()[name], static[name])
+    bank = model.backbone.layer1[0].conv1.weight
+    assert bank.dim() == 5
+    torch.testing.assert_close(bank.mean(0) / bank.mean(0).norm(),
+                               static['backbone.layer1.0.conv1.weight'] /
+                               static['backbone.layer1.0.conv1.weight'].norm())
+
+
+def test_a_file_of_no_release(refused):
+    assert 'where a ResNet or MobileNetV2 with ODConv was expected' in refused(
+        'published_to_mmdet', 'other.pth', 'od.pth')
+
+
 def test_a_classifier_of_another_family(root):
     torch.save({'features.0.0.weight': torch.ones(8, 3, 3, 3),
                 'features.1.conv.0.0.weight': torch.ones(8, 1, 3, 3)}, root / 'mobilenet.pth')
@@ -209,6 +250,40 @@ def test_outputs_that_cannot_be_written(refused, tmp_path):
         tmp_path.chmod(0o500)
         assert 'could not be written (Permission denied): choose' in refused(
             'published_to_mmdet', 'od.pth.tar', tmp_path / 'od.pth')
+
+
+@pytest.mark.parametrize('start', [0, 64, 2000])
+@pytest.mark.parametrize('zipped', [True, False])
+def test_damaged_files_are_one_sentence(tmp_path, zipped, start):
+    """Cut at any place, or with bytes changed."""
+    torch.save(ResNet(18, base_channels=8).state_dict(), tmp_path / 'whole.pth',
+               _use_new_zipfile_serialization=zipped)
+    whole = (tmp_path / 'whole.pth').read_bytes()
+    rng = random.Random(start)
+    for i in range(40):
+        if i % 2:
+            bad = whole[:start + rng.randrange(1 + len(whole) // 2)]
+        else:
+            bad = bytearray(whole)
+            for _ in range(20):
+                bad[rng.randrange(start, start + 4000)] = rng.randrange(256)
+        (tmp_path / 'bad.pth').write_bytes(bad)
+        try:
+            read_weights(tmp_path / 'bad.pth')
+        except InputError as error:
+            assert len(str(error).splitlines()) == 1
+
+
+@pytest.mark.parametrize('text', ['Moved Permanently', 'error', 'https://x', 'Rate limit exceeded'])
+def test_text_saved_as_a_checkpoint(tmp_path, text):
+    (tmp_path / 'page.pth').write_text(text)
+    with pytest.raises(InputError, match='page.pth is not a checkpoint that torch can read'):
+        read_weights(tmp_path / 'page.pth')
+
+
+def test_an_address_that_does_not_answer():
+    with pytest.raises(InputError, match='x.pth could not be read .*: check the path, or the addr'):
+        read_weights('http://127.0.0.1:1/x.pth')
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):

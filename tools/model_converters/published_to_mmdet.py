@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mmdet_odconv.checkpoints import convert_published, read_weights
 from mmdet_odconv.checkpoints.files import kept_meta, provenance, publish
-from mmdet_odconv.checkpoints.published import few
+from mmdet_odconv.checkpoints.published import check_released, few
 from mmdet_odconv.engine.launch import errors_explained
 
 
@@ -24,6 +24,7 @@ def main():
     with errors_explained():
         state, checkpoint = read_weights(args.source)
         converted, left_out = convert_published(state)
+        check_released(converted)
         meta = dict(kept_meta(checkpoint),
                     provenance=provenance(args.source, Path(__file__).name))
         out = publish(dict(meta=meta, state_dict=converted), args.out, args.force)

@@ -13,6 +13,7 @@ from mmengine.config import Config
 
 from mmdet_odconv.checkpoints import load_static, read_weights, save_checkpoint
 from mmdet_odconv.checkpoints.files import refuse_existing
+from mmdet_odconv.checkpoints.published import few
 from mmdet_odconv.checkpoints.swapping import build_model, converted, locate_config
 from mmdet_odconv.engine.launch import errors_explained
 
@@ -32,10 +33,11 @@ def main():
         state, checkpoint = read_weights(args.static)
         torch.manual_seed(args.seed)
         model = build_model(config)
-        load_static(model, state, strict=True)
+        left_out = load_static(model, state, strict=True)
         save_checkpoint(converted(model, config, checkpoint, args.static, Path(__file__).name),
                         args.out, args.force)
-        print(f'{args.out} holds {len(model.state_dict())} tensors, of {len(state)} static ones.')
+        print(f'{args.out} holds {len(model.state_dict())} tensors, of {len(state)} static ones; '
+              f'left out: {few(left_out) or "none"}.')
 
 
 if __name__ == '__main__':

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 
+from mmdet_odconv import InputError
 from mmdet_odconv.checkpoints import load_static, read_weights, save_checkpoint
 from mmdet_odconv.checkpoints.files import refuse_existing, writing
 from mmdet_odconv.checkpoints.swapping import (
@@ -26,6 +27,18 @@ from mmdet_odconv.checkpoints.swapping import (
 from mmdet_odconv.engine.launch import errors_explained
 
 
+def refuse_outputs(args, path, out, weights):
+    """InputError if they would not be written, or over what is read."""
+    if out.suffix != '.py':
+        raise InputError(f'--out is {out}, where the name of a config, such as {out.stem}.py, was '
+                         'expected; the weights are written beside it.')
+    outputs = {out: path, **({weights: Path(args.checkpoint)} if args.checkpoint else {})}
+    for output, source in outputs.items():
+        if output.resolve() == source.resolve():
+            raise InputError(f'{output} is what is to be swapped: give another name to --out.')
+        refuse_existing(output, args.force)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('config', metavar='CONFIG', help='a file, or mmdet::NAME')
@@ -35,25 +48,27 @@ def main():
     parser.add_argument('--force', action='store_true', help='replace outputs that exist')
     parser.add_argument('--seed', type=int, default=0, help='of what the static weights leave free')
     args = parser.parse_args()
+    if args.kernel_num < 1:
+        parser.error(f'--kernel-num must be at least 1, got {args.kernel_num}')
     with errors_explained():
         path, base = locate_config(args.config)
         out = args.out or Path(f'{path.stem}_odconv-k{args.kernel_num}.py')
         weights = out.with_suffix('.pth')
-        refuse_existing(out, args.force)
+        refuse_outputs(args, path, out, weights)
         config = Config.fromfile(path)
         changes = swap_backbone(config, args.kernel_num,
                                 None if args.checkpoint else 'StaticPretrained')
         if '::' not in base:
             base = os.path.relpath(base, out.resolve().parent)
         text = dynamic_config(config, base, changes, weights if args.checkpoint else None)
+        if args.checkpoint:
+            state, checkpoint = read_weights(args.checkpoint)
         with writing(out, args.force) as temporary:
             temporary.write_text(text)
             dynamic = Config.fromfile(temporary)  # what is renamed is known to load and build
             torch.manual_seed(args.seed)
             model = build_model(dynamic)
             if args.checkpoint:
-                refuse_existing(weights, args.force)
-                state, checkpoint = read_weights(args.checkpoint)
                 load_static(model, state, strict=True)
                 save_checkpoint(converted(model, dynamic, checkpoint, args.checkpoint,
                                           Path(__file__).name), weights, args.force)
