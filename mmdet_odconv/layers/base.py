@@ -1,5 +1,5 @@
 """What every dynamic convolution layer shares: geometry, bank, initialisation, forward."""
-from typing import Dict, Optional, Tuple, Union
+from typing import Dict, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..ops import dynamic_conv2d, with_average
-
-Size2d = Union[int, Tuple[int, int]]
+from ..ops.dynamic_conv import Size2d
 
 # Standard deviation of what sets the kernels of an inflated bank apart, relative to each weight.
 PERTURBATION = 0.1
@@ -115,8 +114,9 @@ class DynamicConv2d(nn.Module):
         The attention answers every input alike, which makes the mixture a multiple of the bank's
         mean; the bank's kernels are the static one, divided by that multiple, plus random
         perturbations of mean zero. Without those, equal kernels would get equal gradients, and
-        the attention over them none. The mean is exact in any dtype: kernels come in pairs whose
-        differences from the static one cancel, and the inverse of gates of 1/2 is a power of two.
+        the attention over them none. Where the multiple is a power of two, as of gates of 1/2 or
+        of a bank of four, the mean is exact in any dtype: kernels come in pairs whose differences
+        from the static one cancel.
 
         Args:
             kernel: (Cout, Cin/g, kh, kw).

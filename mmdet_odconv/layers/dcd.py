@@ -71,14 +71,13 @@ class DCDConv2d(DynamicConv2d):
         hidden = hidden_channels(in_channels, reduction, MIN_HIDDEN_CHANNELS)
         self.attention = DCDAttention(in_channels, out_channels, hidden, latent)
         self.attention.to(device=device, dtype=dtype)
-        self.reset_fusion()
+        self.reset_parameters()
 
-    def init_weights(self) -> None:
-        super().init_weights()
-        self.reset_fusion()
-
-    def reset_fusion(self) -> None:
-        """Initialise P and Q so that Phi alone sets the scale of the fused term."""
+    def reset_parameters(self) -> None:
+        """W0 as a static kernel; P and Q so that Phi alone sets the scale of the fused term."""
+        super().reset_parameters()
+        if not hasattr(self, 'p'):
+            return  # the base class, which knows of no P, is being constructed
         fan_in = len(self.q) if self.fuses_elements else len(self.q) // self.groups
         nn.init.normal_(self.q, std=fan_in**-0.5)
         nn.init.normal_(self.p, std=self.p.shape[1]**-0.5)

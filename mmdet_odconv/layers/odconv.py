@@ -67,7 +67,8 @@ class ODAttention(nn.Module):
     Pool -> fc -> norm -> ReLU -> one fc per attention; sigmoid for the spatial, channel and
     filter attentions, softmax over the bank for the kernel attention. An attention that could
     only repeat another is absent: the kernel's with a bank of one, the spatial of a 1x1 kernel,
-    the filter's of a depthwise layer.
+    the filter's of a depthwise layer. The weights of all heads are read at once; hooks on a head
+    do not run.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: Tuple[int, int],

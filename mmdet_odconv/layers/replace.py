@@ -55,6 +55,9 @@ def replace_convs(model: nn.Module, chosen: Union[str, Callable[[str], bool]], c
     found = [(name, module) for name, module in model.named_modules(remove_duplicate=False)
              if type(module) is nn.Conv2d and chosen(name)]
     replacement: Dict[nn.Module, nn.Module] = {}
+    if any(conv is model for _, conv in found):
+        raise ValueError('the model is itself a convolution, in which nothing can be replaced: '
+                         'wrap it in nn.Sequential.')
     for name, conv in found:
         if conv not in replacement:
             _check_replaceable(name, conv, model)

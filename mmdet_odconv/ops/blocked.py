@@ -16,6 +16,7 @@ from . import folded
 from .folded import (
     ALL,
     KernelGradients,
+    as_in_forward,
     as_matrices,
     differentiable_gradients,
     fold,
@@ -23,6 +24,7 @@ from .folded import (
     is_pointwise,
     mix,
     output_size,
+    own,
     part,
     row_blocks,
     slices,
@@ -66,9 +68,10 @@ class BlockedConv(torch.autograd.Function):
         ctx.save_for_backward(input, weight, kernel_attention, spatial_attention,
                               channel_attention, filter_attention, kept)
         size = output_size(input.shape, weight.shape, stride, padding, dilation)
-        return output.view(batch, -1, *size)
+        return own(output.view(batch, -1, *size))
 
     @staticmethod
+    @as_in_forward
     def backward(ctx, grad):
         if torch.is_grad_enabled():
             return (*differentiable_gradients(ctx, grad, *ctx.geometry, 1), None, None, None)

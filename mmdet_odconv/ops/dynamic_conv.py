@@ -57,18 +57,18 @@ def dynamic_conv2d(input: Tensor,
         (B, Cout, Hout, Wout).
 
     Raises:
-        ValueError: if a shape is not one of those above.
+        ValueError: if a shape or the geometry is not one of those above.
     """
-    _check_shapes(input, weight, groups, kernel_attention, spatial_attention, channel_attention,
-                  filter_attention)
+    _check_shapes(input, weight, bias, groups, kernel_attention, spatial_attention,
+                  channel_attention, filter_attention)
+    stride, dilation = _pair('stride', stride, 1), _pair('dilation', dilation, 1)
     input, padding = _resolve_padding(input, weight, stride, padding, dilation)
-    stride, dilation = _pair(stride), _pair(dilation)
     plan = _forced_plan or choose_plan(
         input, weight, stride, padding, dilation, groups, kernel_attention, spatial_attention)
     attentions = (kernel_attention, spatial_attention, channel_attention, filter_attention)
     geometry = stride, padding, dilation, groups
     device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+    if device != 'meta' and torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         input, *attentions = (None if t is None else t.to(dtype) for t in (input, *attentions))
         if plan != 'fused':
@@ -135,15 +135,15 @@ def choose_plan(input: Tensor, weight: Tensor, stride, padding, dilation, groups
     """The plan of least :func:`plan_costs`; on CUDA, Triton's in place of 'folded'."""
     if torch.compiler.is_compiling() or _is_exporting():
         return 'folded'
-    plan = _cheapest_plan(input.is_cuda, input.shape, weight.shape, stride, padding, dilation,
-                          groups, kernel_attention is None and spatial_attention is None)
+    plan = _cheapest_plan(input.device.type == 'cpu', input.shape, weight.shape, stride, padding,
+                          dilation, groups, kernel_attention is None and spatial_attention is None)
     return 'fused' if plan == 'folded' and serves(input) else plan
 
 
 @functools.lru_cache(maxsize=4096)
-def _cheapest_plan(is_cuda: bool, *call) -> str:
+def _cheapest_plan(is_cpu: bool, *call) -> str:
     costs = plan_costs(*call)
-    if is_cuda:
+    if not is_cpu:
         costs.pop('blocked', None)  # blocks are for the caches of a CPU
     return min(costs, key=costs.get)
 
@@ -188,8 +188,12 @@ def _empty_batch(input, weight, a, s, c, f, stride, padding, dilation, groups) -
     return output
 
 
-def _pair(value: Size2d) -> Tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
+def _pair(name: str, value: Size2d, smallest: int) -> Tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = pair * 2 if len(pair) == 1 else pair
+    if len(pair) != 2 or min(pair) < smallest:
+        raise ValueError(f'{name} must be one or two numbers of at least {smallest}, got {value}')
+    return pair
 
 
 def _resolve_padding(input, weight, stride, padding, dilation) -> Tuple[Tensor, Tuple[int, int]]:
@@ -197,10 +201,12 @@ def _resolve_padding(input, weight, stride, padding, dilation) -> Tuple[Tensor, 
     if padding == 'valid':
         return input, (0, 0)
     if padding != 'same':
-        return input, _pair(padding)
-    if _pair(stride) != (1, 1):
+        if isinstance(padding, str):
+            raise ValueError(f"padding must be numbers, 'same' or 'valid', got {padding!r}")
+        return input, _pair('padding', padding, 0)
+    if stride != (1, 1):
         raise ValueError(f"padding='same' needs stride 1, got {stride}")
-    totals = [d * (k - 1) for d, k in zip(_pair(dilation), weight.shape[3:])]
+    totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[3:])]
     if all(total % 2 == 0 for total in totals):
         return input, tuple(total // 2 for total in totals)
     before = [total // 2 for total in totals]
@@ -208,8 +214,8 @@ def _resolve_padding(input, weight, stride, padding, dilation) -> Tuple[Tensor, 
     return F.pad(input, (before[1], after[1], before[0], after[0])), (0, 0)
 
 
-def _check_shapes(input, weight, groups, kernel_attention, spatial_attention, channel_attention,
-                  filter_attention) -> None:
+def _check_shapes(input, weight, bias, groups, kernel_attention, spatial_attention,
+                  channel_attention, filter_attention) -> None:
     if input.dim() != 4:
         raise ValueError(f'input must be 4-D (B, Cin, H, W), got shape {tuple(input.shape)}')
     if weight.dim() != 5:
@@ -220,6 +226,11 @@ def _check_shapes(input, weight, groups, kernel_attention, spatial_attention, ch
     if in_channels != group_channels * groups:
         raise ValueError(f'weight of shape {tuple(weight.shape)} with groups={groups} needs an '
                          f'input of {group_channels * groups} channels, got {in_channels}')
+    if out_channels % groups:
+        raise ValueError(f'weight of shape {tuple(weight.shape)} has {out_channels} output '
+                         f'channels, which groups={groups} do not divide')
+    if bias is not None and bias.shape != (out_channels,):
+        raise ValueError(f'bias must have shape {(out_channels,)}, got {tuple(bias.shape)}')
     if bank_size > 1 and kernel_attention is None:
         raise ValueError(f'a bank of {bank_size} kernels needs kernel_attention of shape '
                          f'{(batch, bank_size)}, got None')

@@ -5,7 +5,8 @@ maps are larger than the kernels: then folding all attentions into the kernels c
 nothing and the maps are read by the convolution alone. Of the forward pass only the input and the
 attentions are kept; the kernels are mixed again in the backward pass.
 """
-from typing import Optional, Sequence, Tuple
+import functools
+from typing import Callable, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,25 @@ def folded_kernels(input, weight, a, s, c, f, groups: int) -> Tensor:
     return fold(mix(bank, a, input.shape[0]), gate, row_f)
 
 
+def own(output: Tensor) -> Tensor:
+    """The same values, no view to autograd: it refuses to change a Function's views in place."""
+    return torch.ops.aten._unsafe_view(output, output.shape)
+
+
+def as_in_forward(backward: Callable) -> Callable:
+    """A backward pass in the dtypes of its forward pass, wherever autocast is on by then."""
+
+    @functools.wraps(backward)
+    def run(ctx, grad):
+        device = grad.device.type
+        if device == 'meta' or not torch.is_autocast_enabled(device):
+            return backward(ctx, grad)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, grad)
+
+    return run
+
+
 class FoldedConv(torch.autograd.Function):
     """Forward and backward of the plan; see :func:`~mmdet_odconv.ops.dynamic_conv2d`."""
 
@@ -66,9 +86,10 @@ class FoldedConv(torch.autograd.Function):
             kernels = fold_by_rows(
                 bank, *(part(t, images) for t in (kernel_attention, *factors)), len(some))
             outputs.append(convolve(some, as_kernels(kernels, weight), *ctx.geometry))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return own(outputs[0]) if len(outputs) == 1 else torch.cat(outputs)
 
     @staticmethod
+    @as_in_forward
     def backward(ctx, grad):
         if torch.is_grad_enabled():
             return (*differentiable_gradients(ctx, grad, *ctx.geometry), None, None, None, None)

@@ -9,7 +9,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from .folded import convolution_gradients, convolve, differentiable_gradients
+from .folded import as_in_forward, convolution_gradients, convolve, differentiable_gradients, own
 
 
 class FusedConv(torch.autograd.Function):
@@ -24,9 +24,10 @@ class FusedConv(torch.autograd.Function):
         ctx.geometry = stride, padding, dilation, groups
         kernels = fold_kernels(weight, kernel_attention, spatial_attention, channel_attention,
                                filter_attention, groups, len(input), input.dtype)
-        return convolve(input, kernels.flatten(0, 1), *ctx.geometry)
+        return own(convolve(input, kernels.flatten(0, 1), *ctx.geometry))
 
     @staticmethod
+    @as_in_forward
     def backward(ctx, grad):
         if torch.is_grad_enabled():
             return (*differentiable_gradients(ctx, grad, *ctx.geometry), None, None, None, None)
@@ -47,8 +48,8 @@ class FusedConv(torch.autograd.Function):
 
 def serves(input: Tensor) -> bool:
     """Whether Triton is there and runs on the input's device."""
-    if not input.is_cuda or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False  # compilers and tracers see through plain operations only
+    if not input.is_cuda or type(input) is not Tensor:
+        return False  # a fake tensor has no memory for Triton to read
     return _works_on(input.device)
 
 

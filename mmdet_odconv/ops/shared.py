@@ -6,7 +6,7 @@ attention the output. Best where the maps are smaller than the kernels that they
 import torch
 import torch.nn.functional as F
 
-from .folded import differentiable_gradients
+from .folded import as_in_forward, differentiable_gradients
 
 
 class SharedConv(torch.autograd.Function):
@@ -24,6 +24,7 @@ class SharedConv(torch.autograd.Function):
         return output if filter_attention is None else output.mul_(over_maps(filter_attention))
 
     @staticmethod
+    @as_in_forward
     def backward(ctx, grad):
         if torch.is_grad_enabled():
             return (*differentiable_gradients(ctx, grad, *ctx.geometry), None, None, None, None)

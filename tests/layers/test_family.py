@@ -1,4 +1,5 @@
 """What every layer of the family does: the equations of its paper, and nn.Conv2d's conveniences."""
+import contextlib
 import copy
 import inspect
 import pickle
@@ -138,6 +139,50 @@ def test_autocast(cls, dtype, groups):
     torch.testing.assert_close(y.float(), layer(x), rtol=0.1, atol=0.02 * y.abs().max().item())
     y.float().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+@pytest.mark.parametrize('kernel_size', [1, 3])
+@pytest.mark.parametrize('plan', [None, 'blocked', 'folded', 'grouped'])
+@every_layer
+def test_output_may_be_changed_in_place(cls, plan, kernel_size):
+    """As nn.Conv2d's: by an in-place activation or a residual added to it."""
+    if cls is DCDConv2d and plan == 'blocked':
+        plan = 'shared'  # its images are groups, or its kernel is one
+    layer = randomised(cls(4, 4, kernel_size, padding=kernel_size // 2, bias=False))
+    x = torch.randn(2, 4, 6, 6)
+    gradients = []
+    for change in (lambda y: y.add_(x).relu_(), lambda y: (y + x).relu()):
+        layer.zero_grad()
+        with force_plan(plan) if plan else contextlib.nullcontext():
+            change(layer(x)).square().sum().backward()
+        gradients.append([p.grad for p in layer.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize('arguments', [dict(kernel_size=1), dict(kernel_size=3)])
+@pytest.mark.parametrize('size', [2, 16])
+@every_layer
+def test_backward_under_autocast_of_a_float32_forward(cls, size, arguments):
+    layer = randomised(cls(16, 16, padding='same', bias=False, **arguments))
+    x = torch.randn(2, 16, size, size)
+    gradients = []
+    for enabled in (True, False):
+        layer.zero_grad()
+        y = layer(x)
+        with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
+            y.square().sum().backward()
+        gradients.append(layer.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize('groups', [1, 8])
+@every_layer
+def test_runs_on_meta(cls, groups):
+    layer = cls(8, 16, 3, groups=groups, device='meta')
+    y = layer(torch.empty(2, 8, 9, 7, device='meta'))
+    assert y.shape == (2, 16, 7, 5) and y.is_meta
+    y.sum().backward()
+    assert all(p.grad.shape == p.shape for p in layer.parameters())
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])

@@ -109,6 +109,24 @@ def test_wrong_shapes_are_told_apart(change, message):
         dynamic_conv2d(**{**call, **change})
 
 
+@pytest.mark.parametrize(('change', 'message'), [
+    (dict(bias=torch.zeros(1)), r'bias must have shape \(6,\), got \(1,\)'),
+    (dict(groups=4, weight=torch.zeros(2, 6, 1, 3, 3)), '6 output channels, which groups=4 do not'),
+    (dict(padding='full'), "padding must be numbers, 'same' or 'valid', got 'full'"),
+    (dict(stride=0), 'stride must be one or two numbers of at least 1, got 0'),
+    (dict(dilation=(1, 2, 3)), r'dilation must be one or two numbers .*, got \(1, 2, 3\)'),
+    (dict(padding=-1), 'padding must be one or two numbers of at least 0, got -1'),
+])
+def test_wrong_geometry_is_one_sentence(change, message):
+    test_wrong_shapes_are_told_apart(change, message)
+
+
+def test_geometry_of_one_number():
+    x, weight = torch.randn(2, 4, 6, 6), torch.randn(1, 6, 4, 3, 3)
+    torch.testing.assert_close(dynamic_conv2d(x, weight, None, (2,), (1,), (1,)),
+                               torch.nn.functional.conv2d(x, weight[0], None, (2,), (1,), (1,)))
+
+
 def test_kernel_larger_than_padded_input_is_refused_as_by_conv2d():
     with pytest.raises(RuntimeError, match="Kernel size can't be greater than actual input size"):
         dynamic_conv2d(torch.zeros(2, 4, 2, 2), torch.zeros(2, 6, 4, 5, 5),
