@@ -4,7 +4,10 @@ _base_ = './faster-rcnn_od-r18-k4_fpn_digits.py'
 model = dict(
     backbone=dict(
         init_cfg=dict(
-            type='Pretrained', checkpoint='work_dirs/pretrain/epoch_4.pth', prefix='backbone.')))
+            _delete_=True,
+            type='Pretrained',
+            checkpoint='work_dirs/pretrain/epoch_4.pth',
+            prefix='backbone.')))
 # Its banks are trained already: attention need not start out near-uniform, and one epoch will do.
 custom_hooks = [dict(type='InputCheckHook')]
 train_cfg = dict(max_epochs=1)

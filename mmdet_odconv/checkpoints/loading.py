@@ -16,10 +16,18 @@ from typing import Callable
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
+from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 from mmengine.runner.checkpoint import CheckpointLoader
 from mmengine.utils import digit_version
 
 from ..errors import InputError
+
+# Classes of MMEngine in its checkpoints, each with its functions that are there too: the
+# statistics of a log history, the curves of a one-cycle schedule.
+ATTRIBUTES = {
+    HistoryBuffer: ('min', 'max', 'mean', 'current'),
+    OneCycleParamScheduler: ('_annealing_cos', '_annealing_linear'),
+}
 
 
 def allow_mmengine_checkpoints() -> None:
@@ -32,20 +40,20 @@ def allow_mmengine_checkpoints() -> None:
     reconstruct = np.ones(1).__reduce__()[0]
     scalar = np.float64(1).__reduce__()[0]
     torch.serialization.add_safe_globals([
-        HistoryBuffer, np.ndarray, np.dtype, reconstruct, scalar,
+        *ATTRIBUTES, np.ndarray, np.dtype, reconstruct, scalar,
         *(type(np.dtype(kind)) for kind in (bool, np.int32, np.int64, np.float32, np.float64)),
-        (_statistic, 'builtins.getattr')
+        (_attribute, 'builtins.getattr')
     ])
     for prefix, load in list(CheckpointLoader._schemes.items()):
         CheckpointLoader.register_scheme(prefix, _weights_only(load), force=True)
 
 
-def _statistic(owner, name: str):
-    """Stands for getattr: all that a log history asks of it is its own statistics, by name.
+def _attribute(owner, name: str):
+    """Stands for getattr, of which MMEngine's checkpoints ask these functions by name.
 
     getattr itself would let a file reach anything from what is allowed.
     """
-    if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current'):
+    if not isinstance(owner, type) or name not in ATTRIBUTES.get(owner, ()):
         raise pickle.UnpicklingError(f'GLOBAL getattr({owner!r}, {name!r}) was not allowed')
     return getattr(owner, name)
 

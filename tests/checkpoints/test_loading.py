@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from mmengine.optim import scheduler
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 
@@ -84,3 +85,24 @@ def test_a_users_own_switch_is_set_aside_and_restored(served, monkeypatch):
         CheckpointLoader.load_checkpoint('files/evil.pth')
     assert os.environ['TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'] == '1'
     assert 'TORCH_FORCE_WEIGHTS_ONLY_LOAD' not in os.environ
+
+
+@pytest.mark.parametrize('make', [
+    lambda optimizer: scheduler.OneCycleLR(optimizer, eta_max=1.0, total_steps=9),
+    lambda optimizer: scheduler.OneCycleLR(optimizer, eta_max=1.0, total_steps=9,
+                                           anneal_strategy='linear'),
+    lambda optimizer: scheduler.MultiStepLR(optimizer, milestones=[3, 3, 7]),
+    lambda optimizer: scheduler.CosineRestartLR(optimizer, periods=[3, 4], restart_weights=[1, 0.5],
+                                             eta_min=0.0),
+    lambda optimizer: scheduler.ReduceOnPlateauLR(optimizer),
+    lambda optimizer: scheduler.PolyLR(optimizer),
+])
+def test_schedules_that_checkpoints_hold(tmp_path, make):
+    def optimizer():
+        return torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+
+    before = make(optimizer()).state_dict()
+    torch.save({'state_dict': {}, 'param_schedulers': [before]}, tmp_path / 'checkpoint.pth')
+    read = CheckpointLoader.load_checkpoint(str(tmp_path / 'checkpoint.pth'))
+    make(optimizer()).load_state_dict(read['param_schedulers'][0])
+    assert str(read['param_schedulers'][0]) == str(before)
