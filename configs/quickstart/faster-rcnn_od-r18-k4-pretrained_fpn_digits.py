@@ -8,7 +8,7 @@ model = dict(
             type='Pretrained',
             checkpoint='work_dirs/pretrain/epoch_4.pth',
             prefix='backbone.')))
-# Its banks are trained already: attention need not start out near-uniform, and one epoch will do.
+# Its banks are trained already: attention need not start out near-uniform.
 custom_hooks = [dict(type='InputCheckHook')]
 train_cfg = dict(max_epochs=1)
 param_scheduler = [
