@@ -18,7 +18,7 @@ MMCV := $(shell grep mmcv $(REQUIREMENTS))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 CONFIG := $(MODEL)-rcnn_od-r18-k4_fpn_digits.py
-PRETRAINED := faster-rcnn_od-r18-k4-pretrained_fpn_digits.py
+PRETRAINED := faster-rcnn_od-r18-k1-pretrained_fpn_digits.py
 WORK := work_dirs/quickstart$(if $(filter-out faster,$(MODEL)),-$(MODEL))
 
 .PHONY: env quickstart pretrain test lint clean
@@ -60,7 +60,7 @@ pretrain: env
 	$(BIN)/python tools/dataset_converters/digits.py data/digits-classification \
 	  --classification --train 1433 --val 364 --size 32  # each of scikit-learn's digits once
 	$(BIN)/python tools/dataset_converters/digits.py data/digits
-	$(BIN)/mim train mmpretrain configs/quickstart/od-r18-k4_digits.py \
+	$(BIN)/mim train mmpretrain configs/quickstart/od-r18-k1_digits.py \
 	  --work-dir work_dirs/pretrain --resume
 	$(BIN)/mim train mmdet_odconv $(PRETRAINED) --work-dir work_dirs/quickstart-pretrained --resume
 

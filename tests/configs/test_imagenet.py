@@ -142,7 +142,7 @@ def test_dropout_is_before_the_classifier_and_in_training_alone():
 def test_from_digits_to_the_backbone_of_a_detector(tmp_path):
     tool(tmp_path, 'dataset_converters/digits.py', 'data/digits-classification',
          '--classification', '--train', '20', '--val', '8', '--size', '64')
-    config = CONFIGS / 'quickstart/od-r18-k4_digits.py'
+    config = CONFIGS / 'quickstart/od-r18-k1_digits.py'
     narrow = dict(base_channels=8, stem_channels=8, kernel_num=2)
     result = subprocess.run(
         [sys.executable, '-m', 'mim', 'train', 'mmpretrain', str(config), '--work-dir', 'work',
@@ -154,9 +154,9 @@ def test_from_digits_to_the_backbone_of_a_detector(tmp_path):
     checkpoint = Path(tmp_path / 'work/epoch_1.pth')
 
     detector = Config.fromfile(
-        CONFIGS / 'quickstart/faster-rcnn_od-r18-k4-pretrained_fpn_digits.py').model
+        CONFIGS / 'quickstart/faster-rcnn_od-r18-k1-pretrained_fpn_digits.py').model
     init_cfg = dict(detector.backbone.init_cfg, checkpoint=str(checkpoint))
-    backbone = ODResNet(18, init_cfg=init_cfg, **narrow)
+    backbone = ODResNet(18, init_cfg=init_cfg, conv_cfg=detector.backbone.conv_cfg, **narrow)
     backbone.init_weights()
     saved = CheckpointLoader.load_checkpoint(str(checkpoint))['state_dict']
     for name, tensor in backbone.state_dict().items():

@@ -13,6 +13,7 @@ import copy
 import fnmatch
 import json
 import logging
+import re
 import traceback
 import warnings
 from pathlib import Path
@@ -74,7 +75,7 @@ def try_config(path, kernel_num, size):
 
 def in_short(error):
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    message = ' '.join(str(error).split())
+    message = re.sub(r'/\S*/(?=mmdet/)', '', ' '.join(str(error).split()))  # not whose machine
     return f'{type(error).__name__}: {message[:150]} ({Path(frame.filename).name})'
 
 

@@ -1,15 +1,14 @@
-_base_ = './faster-rcnn_od-r18-k4_fpn_digits.py'
+_base_ = './faster-rcnn_od-r18-k1_fpn_digits.py'
 
-# The classifier of od-r18-k4_digits.py, trained by `make pretrain`.
+# The classifier of od-r18-k1_digits.py, trained by `make pretrain`.
 model = dict(
     backbone=dict(
+        conv_cfg=dict(type='ODConv2d', norm_cfg=dict(type='LN')),
         init_cfg=dict(
             _delete_=True,
             type='Pretrained',
             checkpoint='work_dirs/pretrain/epoch_4.pth',
             prefix='backbone.')))
-# Its banks are trained already: attention need not start out near-uniform.
-custom_hooks = [dict(type='InputCheckHook')]
 train_cfg = dict(max_epochs=1)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
