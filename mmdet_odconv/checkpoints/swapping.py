@@ -99,7 +99,9 @@ def _init_of(module: dict, init_cfg: Optional[str]) -> Dict[str, object]:
 
 
 def _change_of(backbone: dict, kernel_num: int) -> Dict[str, object]:
-    kind = backbone['type']
+    kind = backbone.get('type')
+    if kind is None:
+        raise InputError("The config's backbone has no type: the model is not one of MMDetection.")
     if isinstance(kind, type):
         raise InputError(f"{kind.__name__} is given as a class, as in MMEngine's pure Python "
                          'configs, from which a text config cannot inherit: give a text config.')
@@ -119,6 +121,8 @@ def _change_of(backbone: dict, kernel_num: int) -> Dict[str, object]:
         raise InputError(f'{name} has conv_cfg={static["type"]} already.')
     if name in SWAPS:
         return dict(type=SWAPS[name], kernel_num=kernel_num)
+    if backbone.get('dcn') is not None:  # asserted by mmdet's blocks, some after changing a class
+        raise InputError(f'{name} has dcn, and takes no conv_cfg with it.')
     if conv_cfg is not None:
         return dict(conv_cfg=dict(type='ODConv2d', kernel_num=kernel_num))
     raise InputError(f'{name} takes no conv_cfg.')

@@ -164,6 +164,9 @@ def test_swap_a_config_of_mmdet(convert, tmp_path):
     # Its own padding would be lost with it.
     ('mmdet::retinanet_effb3_fpn_8xb4-crop896-1x_coco',
      'EfficientNet has conv_cfg=Conv2dAdaptivePadding already.'),
+    ('mmdet::mask-rcnn_regnetx-3.2GF-mdconv-c3-c5_fpn_1x_coco',
+     'RegNet has dcn, and takes no conv_cfg with it.'),
+    ('mmdet::d2_retinanet_r50-caffe_fpn_ms-90k_coco', "The config's backbone has no type: "),
     ('mmdet::detectors_cascade-rcnn_r50_1x_coco', 'DetectoRS_ResNet has conv_cfg=ConvAWS already.'),
 ])
 def test_configs_that_cannot_be_swapped(refused, config, message):

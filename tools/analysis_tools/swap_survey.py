@@ -9,11 +9,14 @@ is continued where it stopped; OUT_DIR/table.md sums it up, with the reason for 
 """
 import argparse
 import collections
+import contextlib
 import copy
 import fnmatch
 import json
 import logging
+import os
 import re
+import signal
 import traceback
 import warnings
 from pathlib import Path
@@ -28,6 +31,7 @@ from mmdet_odconv import InputError
 from mmdet_odconv.checkpoints import load_static
 from mmdet_odconv.checkpoints.swapping import build_model, swap_backbone
 
+SECONDS = 300  # for one config; 13204 classes of random weights take hours of NMS
 STEPS = ('eligible', 'built', 'converted', 'ran forward', 'same features')
 TOLERANCE = 1e-3  # largest difference of features, relative to the largest feature, in float32
 
@@ -73,9 +77,14 @@ def try_config(path, kernel_num, size):
         return reached, in_short(error)
 
 
+def give_up(*_):
+    raise TimeoutError(f'not done after {SECONDS} s')
+
+
 def in_short(error):
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    message = re.sub(r'/\S*/(?=mmdet/)', '', ' '.join(str(error).split()))  # not whose machine
+    # Not whose machine it is.
+    message = re.sub(r'/\S*/(?=mm(?:det|cv))', '', ' '.join(str(error).split()))
     return f'{type(error).__name__}: {message[:150]} ({Path(frame.filename).name})'
 
 
@@ -119,8 +128,13 @@ def main():
     parser.add_argument('--kernel-num', type=int, default=2)
     parser.add_argument('--size', type=int, default=128, help='side of the image')
     parser.add_argument('--shard', default='0/1', help='I/N: every Nth model, from the Ith on')
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     warnings.simplefilter('ignore')
+    with contextlib.suppress(ImportError):  # some backbones are MMPretrain's
+        import mmdet_odconv.pretraining  # noqa: F401
+    torch.distributed.init_process_group(  # MMSyncBN is not constructed without
+        'gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    signal.signal(signal.SIGALRM, give_up)
     MMLogger.get_instance('swap_survey', log_level=logging.ERROR)
     root = Path(get_installed_path('mmdet')) / '.mim' / 'configs'
     alike = collections.defaultdict(list)
@@ -128,7 +142,9 @@ def main():
         name = path.relative_to(root).as_posix()
         if path.parent.name != '_base_' and any(fnmatch.fnmatch(name, p) for p in args.patterns):
             alike[model_of(path)].append(name)
+    args.out_dir = args.out_dir.resolve()
     args.out_dir.mkdir(parents=True, exist_ok=True)
+    os.chdir(root.parent)  # some configs name their teacher's, relative to mmdet's checkout
     index, count = map(int, args.shard.split('/'))
     log = args.out_dir / 'results.jsonl'
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
@@ -136,7 +152,9 @@ def main():
     for names in list(alike.values())[index::count]:
         if names[0] in finished:
             continue
+        signal.alarm(SECONDS)
         reached, why = try_config(root / names[0], args.kernel_num, args.size)
+        signal.alarm(0)
         print(f'{names[0]} (and {len(names) - 1} alike): {reached}; {why}', flush=True)
         with open(log, 'a') as file:
             for name in names:
