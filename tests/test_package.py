@@ -136,3 +136,17 @@ def test_the_wheel_trains_by_bare_config_name_from_anywhere(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     assert str(site) in result.stdout and 'Training finished successfully' in result.stdout
     assert (work / 'work_dirs' / Path(digits.CONFIG).stem / 'epoch_1.pth').is_file()
+
+
+def test_files_that_the_documents_name_exist():
+    theirs = {'my_config.py', 'dynamic.py', 'main.py'}  # the reader's, the release's
+    ours = {path.name for path in (*ROOT.glob('*.*'), *ROOT.glob('[a-z]*/**/*.*'))}
+    for document in (ROOT / 'README.md', ROOT / 'CHANGELOG.md', *ROOT.glob('configs/*/README.md')):
+        text = document.read_text()
+        for link in re.findall(r'\]\((?!https?:|#)([^)#]+)', text):
+            assert (document.parent / link).exists(), f'{document}: {link}'
+        named = re.sub(r'\S*\{.*\}\S*', '', text)  # the shell's alternatives
+        for script in re.findall(r'(?<![\w*])(?:tools|configs|tests)/[\w./-]+\.py\b', named):
+            assert (ROOT / script).is_file(), f'{document}: {script}'
+        names = {Path(name).name for name in re.findall(r'[\w./-]+\.py\b', named)}
+        assert names - theirs <= ours, f'{document}: {names - theirs - ours}'

@@ -37,6 +37,12 @@ def allow_mmengine_checkpoints() -> None:
     """
     if digit_version(torch.__version__) < digit_version('2.6.0'):
         return
+    _allow()
+    for prefix, load in list(CheckpointLoader._schemes.items()):
+        CheckpointLoader.register_scheme(prefix, _weights_only(load), force=True)
+
+
+def _allow() -> None:
     reconstruct = np.ones(1).__reduce__()[0]
     scalar = np.float64(1).__reduce__()[0]
     torch.serialization.add_safe_globals([
@@ -44,8 +50,6 @@ def allow_mmengine_checkpoints() -> None:
         *(type(np.dtype(kind)) for kind in (bool, np.int32, np.int64, np.float32, np.float64)),
         (_attribute, 'builtins.getattr')
     ])
-    for prefix, load in list(CheckpointLoader._schemes.items()):
-        CheckpointLoader.register_scheme(prefix, _weights_only(load), force=True)
 
 
 def _attribute(owner, name: str):
@@ -97,6 +101,8 @@ def _weights_only(load: Callable[..., dict]) -> Callable[..., dict]:
                      f'remove the copy in {torch.hub.get_dir()}/checkpoints to download it again')
             raise InputError(
                 f'Checkpoint {filename} is cut short or damaged{size}: {again}.') from error
+        finally:
+            _allow()  # the fork's loader takes back what it has allowed for a while
         if not isinstance(checkpoint, dict):
             raise InputError(f'Checkpoint {filename} holds a {type(checkpoint).__name__}, where a '
                              'dict of weights was expected: save model.state_dict().')

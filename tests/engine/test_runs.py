@@ -228,6 +228,12 @@ def test_a_malicious_pickle_is_refused_and_does_not_run(tiny_model, tmp_path):
     assert planted.exists()
 
 
+def test_torch_itself_reads_the_checkpoint_of_a_run(tiny_model, trained):
+    path = trained[0] / 'run/epoch_1.pth'
+    load_checkpoint(tiny_model, str(path))  # the fork's takes back what it has allowed
+    assert torch.load(path, weights_only=True)['message_hub']
+
+
 @pytest.mark.parametrize(('content', 'message'), [
     (b'<html>404</html>', 'is not a checkpoint that torch can read'),
     (b'', 'is (cut short or damaged|not a checkpoint)'),

@@ -1,4 +1,6 @@
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,3 +43,21 @@ def test_the_static_alternative_is_the_detector_that_it_was(benchmark, name, sta
             ).model)
             assert ({n: v.shape for n, v in model.state_dict().items()} ==
                     {n: v.shape for n, v in other.state_dict().items()})
+
+
+def test_measured_plans_are_those_that_can_serve_each_layer():
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT.with_name('measure_plans.py')), 'ODMobileNetV2',
+         '--kernel-num', '1', '--batch', '2', '--size', '32', '32', '--rounds', '2'],
+        capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = [[cell.strip() for cell in line.split('│')[2:-1]]
+            for line in result.stdout.splitlines() if line.startswith('│')]
+    pointwise = [row for row in rows if row[0].endswith('x1x1')]
+    depthwise = [row for row in rows if row[0].endswith('x1x3x3')]
+    assert len(pointwise) + len(depthwise) == len(rows) and pointwise and depthwise
+    # weight, input, stride; milliseconds of blocked, folded, fused, shared; the plan chosen
+    assert all(row[3] and row[4] and row[6] and not row[5] for row in pointwise)
+    assert all(row[4] and not (row[3] or row[5] or row[6]) for row in depthwise)
+    assert {row[7] for row in depthwise} == {'folded'}
+    assert f'of {len(rows)} choices within a tenth of the fastest plan' in result.stdout
