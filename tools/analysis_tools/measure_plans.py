@@ -7,7 +7,6 @@ A layer of the backbone that occurs several times is timed once. Milliseconds ar
 over interleaved rounds; a choice is good if it is within a tenth of the fastest plan.
 """
 import argparse
-import contextlib
 import statistics
 import time
 
@@ -43,12 +42,11 @@ def layer_calls(model, x):
 
 
 def seconds(plan, mode, call, attentions):
-    """Of one call, forced to a plan or free; of its backward pass too if training."""
+    """Of one call by a plan; of its backward pass too if training."""
     x, weight, *geometry = call
     leaves = [x, weight, *attentions.values()]
     start = time.perf_counter()
-    with force_plan(plan) if plan else contextlib.nullcontext(), \
-            torch.set_grad_enabled(mode == 'training'):
+    with force_plan(plan), torch.set_grad_enabled(mode == 'training'):
         output = dynamic_conv2d(x, weight, None, *geometry, **attentions)
     if mode == 'training':
         torch.autograd.grad(output, leaves, torch.ones_like(output))
