@@ -37,12 +37,13 @@ def allow_mmengine_checkpoints() -> None:
     """
     if digit_version(torch.__version__) < digit_version('2.6.0'):
         return
-    _allow()
+    _allow_classes()
     for prefix, load in list(CheckpointLoader._schemes.items()):
         CheckpointLoader.register_scheme(prefix, _weights_only(load), force=True)
 
 
-def _allow() -> None:
+def _allow_classes() -> None:
+    """Tell torch's unpickler what MMEngine's checkpoints hold; said again, it changes nothing."""
     reconstruct = np.ones(1).__reduce__()[0]
     scalar = np.float64(1).__reduce__()[0]
     torch.serialization.add_safe_globals([
@@ -102,7 +103,7 @@ def _weights_only(load: Callable[..., dict]) -> Callable[..., dict]:
             raise InputError(
                 f'Checkpoint {filename} is cut short or damaged{size}: {again}.') from error
         finally:
-            _allow()  # the fork's loader takes back what it has allowed for a while
+            _allow_classes()  # the fork's loader takes back what it has allowed for a while
         if not isinstance(checkpoint, dict):
             raise InputError(f'Checkpoint {filename} holds a {type(checkpoint).__name__}, where a '
                              'dict of weights was expected: save model.state_dict().')

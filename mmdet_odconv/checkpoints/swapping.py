@@ -121,7 +121,7 @@ def _change_of(backbone: dict, kernel_num: int) -> Dict[str, object]:
         raise InputError(f'{name} has conv_cfg={static["type"]} already.')
     if name in SWAPS:
         return dict(type=SWAPS[name], kernel_num=kernel_num)
-    if backbone.get('dcn') is not None:  # asserted by mmdet's blocks, some after changing a class
+    if backbone.get('dcn') is not None:  # mmdet's blocks assert that one of them is None
         raise InputError(f'{name} has dcn, and takes no conv_cfg with it.')
     if conv_cfg is not None:
         return dict(conv_cfg=dict(type='ODConv2d', kernel_num=kernel_num))
