@@ -30,7 +30,8 @@ $(VENV)/ready: setup.py pyproject.toml $(wildcard requirements/*.txt)
 	@$(PYTHON) -c 'import torch' 2>/dev/null && share=--system-site-packages; \
 	  $(PYTHON) -m venv $$share $(VENV)
 	$(PIP) 'setuptools<81' wheel ninja
-	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo 'Installing $(TORCH)'; $(PIP) '$(TORCH)'; }
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { \
+	  echo 'Installing $(TORCH)'; $(PIP) '$(TORCH)' 'setuptools<81'; }  # torch alone would raise it
 	@$(BIN)/python -c 'import mmcv.ops; from packaging.requirements import Requirement; \
 	  assert mmcv.__version__ in Requirement("$(MMCV)").specifier' 2>/dev/null || { \
 	  echo "Installing $(MMCV) with its ops. The first time on a machine this compiles them, about"; \
