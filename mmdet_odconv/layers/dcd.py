@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..ops import dynamic_conv2d
+from ..ops import convolve_images, dynamic_conv2d
 from .attention import PooledLinear, hidden_channels
 from .base import DynamicConv2d
 
@@ -105,9 +105,7 @@ class DCDConv2d(DynamicConv2d):
             fused = self._expand(fusion) @ self.q.view(self.groups, -1, self.p.shape[1]).mT
             around = [n for k in reversed(self.kernel_size) for n in (k // 2, k - 1 - k // 2)]
             kernels = kernels + F.pad(fused.flatten(1, 2)[..., None, None], around)
-        output = dynamic_conv2d(x.reshape(1, -1, *x.shape[2:]), kernels.flatten(0, 1)[None], None,
-                                self.stride, padding, self.dilation, len(x) * self.groups)
-        return output.view(len(x), -1, *output.shape[2:])
+        return convolve_images(x, kernels, self.stride, padding, self.dilation, self.groups)
 
     def _add_fused_channels(self, static: Tensor, x: Tensor, fusion: Tensor) -> Tensor:
         """static + P Phi Q^T x, by two thin products on the maps."""
