@@ -106,16 +106,16 @@ class ODAttention(nn.Module):
             ('spatial_attention', self.spatial_fc), ('kernel_attention', self.kernel_fc))
             if fc is not None}
         # One product for all heads, and one sigmoid: on maps this small a launch is what costs.
-        logits = F.linear(hidden, torch.cat([fc.weight for fc in heads.values()]).flatten(1),
-                          torch.cat([fc.bias for fc in heads.values()]))
+        weights, biases = zip(*((fc.weight, fc.bias) for fc in heads.values()))
+        logits = F.linear(hidden, torch.cat(weights).flatten(1), torch.cat(biases))
         if temperature != 1:
             logits = logits / temperature
-        widths = [fc.out_channels for fc in heads.values()]
+        widths = [len(bias) for bias in biases]
         attentions = dict(zip(heads, logits.sigmoid().split(widths, 1)))
-        if self.spatial_fc is not None:
+        if 'spatial_attention' in heads:
             spatial = attentions['spatial_attention']
             attentions['spatial_attention'] = spatial.unflatten(1, self.kernel_size)
-        if self.kernel_fc is not None:
+        if 'kernel_attention' in heads:
             attentions['kernel_attention'] = logits[:, -widths[-1]:].softmax(1)
         return attentions
 

@@ -64,13 +64,20 @@ def dynamic_conv2d(input: Tensor,
     Raises:
         ValueError: if a shape or the geometry is not one of those above.
     """
-    _check_shapes(input, weight, bias, groups, kernel_attention, spatial_attention,
-                  channel_attention, filter_attention)
-    stride, dilation = _pair('stride', stride, 1), _pair('dilation', dilation, 1)
-    input, padding = _resolve_padding(input, weight, stride, padding, dilation)
     attentions = (kernel_attention, spatial_attention, channel_attention, filter_attention)
-    plan = _forced_plan.get() or choose_plan(
-        input, weight, stride, padding, dilation, groups, *attentions)
+    traced = is_traced()
+    # A traced size has no hash.
+    checked = _checked_geometry.__wrapped__ if traced else _checked_geometry
+    stride, padding, dilation, widths = checked(
+        *(None if t is None else t.shape for t in (input, weight, bias, *attentions)),
+        *(n if isinstance(n, (int, str)) else tuple(n) for n in (stride, padding, dilation)),
+        groups)
+    if widths is not None:
+        input = F.pad(input, widths)
+    plan = _forced_plan.get()
+    if plan is None:
+        plan = 'plain' if traced else choose_plan(
+            input, weight, stride, padding, dilation, groups, *attentions)
     geometry = stride, padding, dilation, groups
     device = input.device.type
     if device != 'meta' and torch.is_autocast_enabled(device) and input.dtype != torch.float64:
@@ -131,8 +138,6 @@ def choose_plan(input: Tensor, weight: Tensor, stride, padding, dilation, groups
 
     The attentions are those of kernels, space, channels and filters.
     """
-    if is_traced():
-        return 'plain'
     is_cpu = input.device.type == 'cpu'
     plan = _cheapest_plan(is_cpu, machine_of(input), input.element_size(),
                           _needs_gradients(input, weight, *attentions), input.shape, weight.shape,
@@ -213,41 +218,49 @@ def _pair(name: str, value: Size2d, smallest: int) -> Tuple[int, int]:
     return pair
 
 
-def _resolve_padding(input, weight, stride, padding, dilation) -> Tuple[Tensor, Tuple[int, int]]:
+def _resolve_padding(kernel_size, stride, padding, dilation):
     """Numbers for 'same' and 'valid', as nn.Conv2d reads them; an odd 'same' pads the input."""
     if padding == 'valid':
-        return input, (0, 0)
+        return (0, 0), None
     if padding != 'same':
         if isinstance(padding, str):
             raise ValueError(f"padding must be numbers, 'same' or 'valid', got {padding!r}")
-        return input, _pair('padding', padding, 0)
+        return _pair('padding', padding, 0), None
     if stride != (1, 1):
         raise ValueError(f"padding='same' needs stride 1, got {stride}")
-    totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[3:])]
+    totals = [d * (k - 1) for d, k in zip(dilation, kernel_size)]
     if all(total % 2 == 0 for total in totals):
-        return input, tuple(total // 2 for total in totals)
+        return tuple(total // 2 for total in totals), None
     before = [total // 2 for total in totals]
     after = [total - first for total, first in zip(totals, before)]
-    return F.pad(input, (before[1], after[1], before[0], after[0])), (0, 0)
+    return (0, 0), (before[1], after[1], before[0], after[0])
 
 
-def _check_shapes(input, weight, bias, groups, kernel_attention, spatial_attention,
-                  channel_attention, filter_attention) -> None:
-    if input.dim() != 4:
-        raise ValueError(f'input must be 4-D (B, Cin, H, W), got shape {tuple(input.shape)}')
-    if weight.dim() != 5:
+@functools.lru_cache(maxsize=4096)
+def _checked_geometry(input, weight, bias, kernel_attention, spatial_attention, channel_attention,
+                      filter_attention, stride, padding, dilation, groups: int):
+    """Stride, padding and dilation as pairs, and widths to pad the input by first, or None.
+
+    The first seven arguments are the shapes of ``dynamic_conv2d``'s, None where there is none.
+    """
+    if len(input) != 4:
+        raise ValueError(f'input must be 4-D (B, Cin, H, W), got shape {tuple(input)}')
+    if len(weight) != 5:
         raise ValueError('weight must be a 5-D bank (n, Cout, Cin / groups, kh, kw), got shape '
-                         f'{tuple(weight.shape)}')
-    batch, in_channels = input.shape[:2]
-    bank_size, out_channels, group_channels, *kernel_size = weight.shape
+                         f'{tuple(weight)}')
+    batch, in_channels = input[:2]
+    bank_size, out_channels, group_channels, *kernel_size = weight
+    if min(groups, *kernel_size) < 1:
+        raise ValueError('groups and the size of the kernel must be at least 1, got '
+                         f'groups={groups} and a weight of shape {tuple(weight)}')
     if in_channels != group_channels * groups:
-        raise ValueError(f'weight of shape {tuple(weight.shape)} with groups={groups} needs an '
+        raise ValueError(f'weight of shape {tuple(weight)} with groups={groups} needs an '
                          f'input of {group_channels * groups} channels, got {in_channels}')
     if out_channels % groups:
-        raise ValueError(f'weight of shape {tuple(weight.shape)} has {out_channels} output '
+        raise ValueError(f'weight of shape {tuple(weight)} has {out_channels} output '
                          f'channels, which groups={groups} do not divide')
-    if bias is not None and bias.shape != (out_channels,):
-        raise ValueError(f'bias must have shape {(out_channels,)}, got {tuple(bias.shape)}')
+    if bias is not None and tuple(bias) != (out_channels,):
+        raise ValueError(f'bias must have shape {(out_channels,)}, got {tuple(bias)}')
     if bank_size > 1 and kernel_attention is None:
         raise ValueError(f'a bank of {bank_size} kernels needs kernel_attention of shape '
                          f'{(batch, bank_size)}, got None')
@@ -256,6 +269,9 @@ def _check_shapes(input, weight, bias, groups, kernel_attention, spatial_attenti
         spatial_attention=(spatial_attention, (batch, *kernel_size)),
         channel_attention=(channel_attention, (batch, in_channels)),
         filter_attention=(filter_attention, (batch, out_channels)))
-    for name, (attention, shape) in expected.items():
-        if attention is not None and attention.shape != shape:
-            raise ValueError(f'{name} must have shape {shape}, got {tuple(attention.shape)}')
+    for name, (found, shape) in expected.items():
+        if found is not None and tuple(found) != shape:
+            raise ValueError(f'{name} must have shape {shape}, got {tuple(found)}')
+    stride, dilation = _pair('stride', stride, 1), _pair('dilation', dilation, 1)
+    padding, widths = _resolve_padding(kernel_size, stride, padding, dilation)
+    return stride, padding, dilation, widths

@@ -73,16 +73,16 @@ def machine(device: torch.device, dtype: torch.dtype) -> Machine:
     """
     if _set is not None:
         return _set
-    choice = os.environ.get(VARIABLE, '')
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    if choice == 'nominal' or device.type not in ('cpu', 'cuda') or deterministic and not (
-            choice and Path(choice).exists()):
-        return NOMINAL
-    return _kept(choice, device, dtype, torch.get_num_threads())
+    return _kept(device, dtype, torch.get_num_threads(),
+                 torch.are_deterministic_algorithms_enabled())
 
 
 @functools.lru_cache(maxsize=64)
-def _kept(choice: str, device: torch.device, dtype: torch.dtype, threads: int) -> Machine:
+def _kept(device: torch.device, dtype: torch.dtype, threads: int, deterministic: bool) -> Machine:
+    choice = os.environ.get(VARIABLE, '')
+    if choice == 'nominal' or device.type not in ('cpu', 'cuda') or deterministic and not (
+            choice and Path(choice).exists()):
+        return NOMINAL
     path = Path(choice) if choice else cache_file()
     key = describe(device, dtype)
     kept = read(path)

@@ -127,6 +127,8 @@ def test_wrong_shapes_are_told_apart(change, message):
     (dict(stride=0), 'stride must be one or two numbers of at least 1, got 0'),
     (dict(dilation=(1, 2, 3)), r'dilation must be one or two numbers .*, got \(1, 2, 3\)'),
     (dict(padding=-1), 'padding must be one or two numbers of at least 0, got -1'),
+    (dict(groups=0), 'must be at least 1, got groups=0'),
+    (dict(weight=torch.zeros(2, 6, 4, 0, 3)), r'at least 1, got .* \(2, 6, 4, 0, 3\)'),
 ])
 def test_wrong_geometry_is_one_sentence(change, message):
     test_wrong_shapes_are_told_apart(change, message)

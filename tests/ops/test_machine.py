@@ -66,6 +66,7 @@ def test_no_choice_depends_on_a_measurement_where_that_is_asked(monkeypatch):
     finally:
         torch.use_deterministic_algorithms(False)
     monkeypatch.setenv(VARIABLE, 'nominal')
+    machines._kept.cache_clear()
     assert machine(CPU, torch.float32) == NOMINAL
     set_machine(Machine(1, 2, 3, 4, 5, 6))
     try:
