@@ -74,10 +74,8 @@ def dynamic_conv2d(input: Tensor,
         groups)
     if widths is not None:
         input = F.pad(input, widths)
-    plan = _forced_plan.get()
-    if plan is None:
-        plan = 'plain' if traced else choose_plan(
-            input, weight, stride, padding, dilation, groups, *attentions)
+    plan = 'plain' if traced else _forced_plan.get() or choose_plan(
+        input, weight, stride, padding, dilation, groups, *attentions)
     geometry = stride, padding, dilation, groups
     device = input.device.type
     if device != 'meta' and torch.is_autocast_enabled(device) and input.dtype != torch.float64:
