@@ -1,5 +1,8 @@
 """Functions on tensors; needs torch alone."""
+from .convolution import convolve_images
 from .dynamic_conv import dynamic_conv2d, force_plan
+from .exported import is_exporting
 from .pooling import with_average
 
-__all__ = ['dynamic_conv2d', 'force_plan', 'with_average']
+__all__ = ['convolve_images', 'dynamic_conv2d', 'force_plan', 'is_exporting',
+           'with_average']

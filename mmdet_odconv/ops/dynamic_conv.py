@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .blocked import BlockedConv
-from .folded import FoldedConv, folded_conv2d, is_pointwise, output_size, unfolded_conv2d
+from .exported import exported_conv2d, is_exporting
+from .folded import FoldedConv, folded_conv2d, is_pointwise, output_size
 from .fused import FusedConv, serves
 from .grouped import grouped_conv2d
 from .shared import SharedConv
@@ -87,8 +88,8 @@ def _run(plan: str, input: Tensor, *arguments) -> Tensor:
 
 
 def _folded(input, weight, a, s, c, f, stride, padding, dilation, groups) -> Tensor:
-    if _is_exporting():
-        return unfolded_conv2d(input, weight, a, s, c, f, stride, padding, dilation, groups)
+    if is_exporting():
+        return exported_conv2d(input, weight, a, s, c, f, stride, padding, dilation, groups)
     if torch.compiler.is_compiling():
         # The compiler fuses and saves what it likes.
         return folded_conv2d(input, weight, a, s, c, f, stride, padding, dilation, groups)
@@ -133,7 +134,7 @@ def force_plan(plan: str) -> Iterator[None]:
 def choose_plan(input: Tensor, weight: Tensor, stride, padding, dilation, groups: int,
                 kernel_attention=None, spatial_attention=None) -> str:
     """The plan of least :func:`plan_costs`; on CUDA, Triton's in place of 'folded'."""
-    if torch.compiler.is_compiling() or _is_exporting():
+    if torch.compiler.is_compiling() or is_exporting():
         return 'folded'
     plan = _cheapest_plan(input.device.type == 'cpu', input.shape, weight.shape, stride, padding,
                           dilation, groups, kernel_attention is None and spatial_attention is None)
@@ -168,14 +169,6 @@ def plan_costs(input_shape, weight_shape, stride, padding, dilation, groups: int
     if kernel_is_shared:
         costs['shared'] = MAP_COST * (math.prod(input_shape[1:]) + out_channels * pixels)
     return costs
-
-
-def _is_exporting() -> bool:
-    """Whether a graph is being drawn that batches of other sizes may run through."""
-    if torch.jit.is_tracing():
-        return True
-    is_exporting = getattr(torch.compiler, 'is_exporting', None)  # from torch 2.7 on
-    return is_exporting is not None and is_exporting()
 
 
 def _empty_batch(input, weight, a, s, c, f, stride, padding, dilation, groups) -> Tensor:

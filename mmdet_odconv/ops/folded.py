@@ -30,20 +30,6 @@ def folded_conv2d(input, weight, kernel_attention, spatial_attention, channel_at
     return convolve(input, as_kernels(kernels, weight), stride, padding, dilation, groups)
 
 
-def unfolded_conv2d(input, weight, kernel_attention, spatial_attention, channel_attention,
-                    filter_attention, stride, padding, dilation, groups) -> Tensor:
-    """The same as one matrix product with patches, for exporters.
-
-    A convolution's number of groups is a constant of a graph; here it would be the batch size.
-    """
-    kernels = folded_kernels(input, weight, kernel_attention, spatial_attention,
-                             channel_attention, filter_attention, groups)
-    columns = F.unfold(input, weight.shape[3:], dilation, padding, stride)
-    output = kernels @ columns.unflatten(1, (groups, -1))
-    size = output_size(input.shape, weight.shape, stride, padding, dilation)
-    return output.flatten(1, 2).unflatten(2, size)
-
-
 def folded_kernels(input, weight, a, s, c, f, groups: int) -> Tensor:
     """Kernels of the batch as matrices, (B, groups, Cout / groups, I); differentiable."""
     bank, gate, row_f = as_matrices(weight.to(input.dtype), s, c, f, groups)
