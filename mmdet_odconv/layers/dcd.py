@@ -43,6 +43,8 @@ class DCDConv2d(DynamicConv2d):
         ValueError: if an argument is out of range.
     """
 
+    filters = {'weight': 3, 'p': 1}
+
     def __init__(self,
                  in_channels: int,
                  out_channels: int,
