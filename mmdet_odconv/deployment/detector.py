@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from mmcv.ops import RoIAlign
 from mmdet.models import (
-    BaseDenseHead,
     BBoxHead,
     CascadeRoIHead,
     FCNMaskHead,
@@ -21,6 +20,7 @@ from mmdet.models import (
     TwoStageDetector,
     YOLOXHead,
 )
+from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from torch import Tensor, nn
 from torch.onnx.operators import shape_as_tensor
 
@@ -78,6 +78,7 @@ class TensorDetector(nn.Module):
         self.output_names = ['boxes', 'scores', 'labels']
         if self.two_stages and model.roi_head.with_mask:
             self.output_names.append('masks')
+        self.eval()  # itself too: an exporter puts the whole back into the mode that it found
 
     def forward(self, image: Tensor) -> Tuple[Tensor, ...]:
         """Detect in one image.
