@@ -52,7 +52,8 @@ def test_backbones_with_mmcv_before_or_after(backbone):
     for fused in (before, after):
         assert not norms(fused)
         for found, wanted in zip(fused(x), expected):
-            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9 * wanted.abs().max().item())
+            largest = wanted.abs().max().item()
+            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9 * largest)
 
 
 def test_a_norm_goes_into_its_own_convolution():
