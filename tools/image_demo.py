@@ -2,8 +2,8 @@
 
     mim run mmdet_odconv image_demo IMAGE_OR_FOLDER CONFIG --weights FILE --out DIR
 
-CONFIG is a path or the bare name of one of the plugin's. Pictures go to DIR/vis, predictions (all of
-them, boxes in pixels, masks run-length encoded) to DIR/preds.
+CONFIG is a path or the bare name of one of the plugin's. Pictures go to DIR/vis, predictions (all
+of them, boxes in pixels, masks run-length encoded) to DIR/preds.
 """
 import argparse
 

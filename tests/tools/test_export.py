@@ -1,4 +1,5 @@
 """The export command on detectors of the quickstart's kind: the file detects what they detect."""
+import functools
 import json
 import re
 import runpy
@@ -11,6 +12,7 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 
+import mmdet_odconv
 from mmdet_odconv.checkpoints.swapping import build_model
 from mmdet_odconv.deployment.evaluation import ExportedDetector
 from mmdet_odconv.deployment.export import Runtime
@@ -40,12 +42,12 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture
-def export(root, monkeypatch, capsys):
-    """Run the command in ``root``; returns what it exited with and what it printed."""
+def run(root, monkeypatch, capsys):
+    """Run a command in ``root``; returns what it exited with and what it printed."""
 
-    def run(*args):
+    def run(tool, *args):
         monkeypatch.chdir(root)
-        script = str(digits.ROOT / 'tools/deployment/export.py')
+        script = str(digits.ROOT / 'tools' / tool)
         monkeypatch.setattr(sys, 'argv', [script, *map(str, args)])
         code = None
         try:
@@ -55,6 +57,11 @@ def export(root, monkeypatch, capsys):
         return code, capsys.readouterr().out
 
     return run
+
+
+@pytest.fixture
+def export(run):
+    return functools.partial(run, 'deployment/export.py')
 
 
 def detector(root, kind):
@@ -118,4 +125,25 @@ def test_what_cannot_be_exported_is_named(root, export):
         "_base_ = './faster.py'\nmodel = dict(roi_head=dict(bbox_roi_extractor=dict("
         "type='GenericRoIExtractor')))")
     assert refused('rpn.py', 'faster.pth').startswith(
-        'error: The roi_head.roi_extractor is a GenericRoIExtractor, which predicts in a way of its')
+        'error: The roi_head.roi_extractor is a GenericRoIExtractor, which predicts in a way of')
+
+
+def test_image_demo(root, run):
+    code, said = run('image_demo.py', 'data/digits/val', 'faster.py', '--weights', 'faster.pth',
+                     '--out', 'demo', '--device', 'cpu')
+    assert code is None and '4 images: see demo/vis and demo/preds' in said
+    assert len(list((root / 'demo/vis').iterdir())) == 4
+    predictions = [json.loads(path.read_text()) for path in (root / 'demo/preds').iterdir()]
+    assert [len(found['bboxes']) for found in predictions] == [20] * 4
+    code, _ = run('image_demo.py', 'none.jpg', 'faster.py', '--weights', 'faster.pth')
+    assert code.startswith('error: none.jpg does not exist: give an image')
+    code, _ = run('image_demo.py', 'data/digits/val', 'faster-rcnn_od-r18', '--weights', 'x.pth')
+    assert 'did you mean faster-rcnn_od-r18-k4_fpn_digits.py' in code
+
+
+def test_configs_by_name(tmp_path):
+    path = mmdet_odconv.config_path('faster-rcnn_od-r50-k4_fpn_1x_coco')
+    assert mmdet_odconv.config_path(path) == path
+    mine = tmp_path / 'mine.py'
+    mine.write_text("_base_ = 'mmdet_odconv::odconv/faster-rcnn_od-r50-k4_fpn_1x_coco.py'")
+    assert Config.fromfile(mine).model == Config.fromfile(path).model
