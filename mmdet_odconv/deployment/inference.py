@@ -12,8 +12,7 @@ from ..errors import InputError
 def config_path(name: str) -> str:
     """Path of a config, given as one or as the name of one of the plugin's, with or without .py.
 
-    For what takes a path: ``init_detector(config_path('faster-rcnn_od-r50-k4_fpn_1x_coco'), file)``,
-    ``DetInferencer`` likewise.
+    For what takes a path, such as ``DetInferencer(config_path(name), weights)``.
 
     Raises:
         InputError: with the nearest names, if there is none.
