@@ -47,8 +47,7 @@ class ExportedDetector(nn.Module):
         self.data_preprocessor = copy.deepcopy(data_preprocessor)
         self.data_preprocessor.pad_size_divisor = 1
         self.mask_cfg = Config(dict(mask_thr_binary=mask_threshold))
-        # Pastes masks as the detector does.
-        self.mask_head = FCNMaskHead(num_convs=0, class_agnostic=True)
+        self.paster = FCNMaskHead(num_convs=0, class_agnostic=True)
 
     def test_step(self, data: dict) -> List[DetDataSample]:
         """Detect in each image of a batch; predictions in pixels of the original images."""
@@ -66,7 +65,7 @@ class ExportedDetector(nn.Module):
         boxes, scores, labels, *masks = outputs
         found = InstanceData(bboxes=boxes, scores=scores, labels=labels)
         if masks:  # which brings the boxes to the original image too
-            found, = self.mask_head.predict_by_feat(
+            found, = self.paster.predict_by_feat(
                 [masks[0][:, None]], [found], [sample.metainfo], self.mask_cfg, rescale=True,
                 activate_map=True)
         if not masks or not len(boxes):

@@ -13,7 +13,7 @@ from mmengine.registry import DATASETS
 from torch import Tensor, nn
 
 from ..checkpoints import read_weights
-from ..checkpoints.files import refuse_existing, writing
+from ..checkpoints.files import writing
 from ..checkpoints.swapping import build_model
 from ..errors import InputError
 from .detector import TensorDetector
@@ -46,20 +46,26 @@ def load_detector(config: Config, checkpoint: str) -> Tuple[nn.Module, Sequence[
     return model, tuple(meta.get('classes') or meta.get('CLASSES') or ())
 
 
-def export_detector(detector: TensorDetector, path: Path, image: Tensor, format: str = 'onnx',
-                    opset: int = 17, force: bool = False) -> None:
-    """Write a detector to ``path``, whole or not at all; any image size, one image at a time.
+def export_detector(detector: TensorDetector, path: Path, images: Sequence[Tensor],
+                    format: str = 'onnx', opset: int = 17, check: bool = True,
+                    force: bool = False) -> List[Dict[str, float]]:
+    """Write a detector to ``path``, whole and right or not at all; any image size, one at a time.
 
     Args:
         detector: what is written.
         path: file to write.
-        image: an example that the graph is drawn on, (1, 3, H, W).
+        images: (1, 3, H, W) each: the graph is drawn on the first, and checked on all.
         format: 'onnx', or 'torchscript', which needs ``import mmdet_odconv`` where it is loaded.
         opset: ONNX's version of operators, at least 16.
+        check: run the file and :func:`compare` it with the detector.
         force: replace a file that exists.
 
+    Returns:
+        What :func:`compare` found.
+
     Raises:
-        InputError: if the file cannot be written, or ``opset`` is too old.
+        InputError: if the file cannot be written, differs from the detector, or ``opset`` is too
+            old.
     """
     if opset < OPSET:
         raise InputError(f'opset is {opset}, where at least {OPSET} was expected, the first whose '
@@ -67,13 +73,15 @@ def export_detector(detector: TensorDetector, path: Path, image: Tensor, format:
     with writing(path, force) as temporary, torch.no_grad(), warnings.catch_warnings():
         # Of branches on shapes, which are the same for every image.
         warnings.simplefilter('ignore')
+        image = images[0]
         if format == 'torchscript':
             torch.jit.trace(detector, image, check_trace=False).save(str(temporary))
-            return
+            return compare(detector, Runtime(temporary), images) if check else []
         names = detector.output_names
         axes = {'image': {2: 'height', 3: 'width'}, **{name: {0: 'detections'} for name in names}}
         torch.onnx.export(detector, (image, ), str(temporary), dynamo=False, opset_version=opset,
                           input_names=['image'], output_names=names, dynamic_axes=axes)
+        return compare(detector, Runtime(temporary), images) if check else []
 
 
 class Runtime:
@@ -111,10 +119,16 @@ def compare(detector: TensorDetector, runtime: Runtime,
             expected = detector(image)
         got = runtime(image)
         size = f'{image.shape[3]}x{image.shape[2]}'
-        if len(got[0]) != len(expected[0]):
-            raise InputError(f'The file detects {len(got[0])} objects in an image of {size}, the '
-                             f'detector {len(expected[0])}: it was not exported rightly.')
-        errors = {name: (a.double() - b.double()).abs().max().item() if len(a) else 0.0
+        boxes, labels = (torch.cdist(a.double().view(len(a), -1), b.double().view(len(b), -1),
+                                     p=float('inf')) for a, b in (
+            (expected[0], got[0]), (expected[2], got[2])))
+        # By place and label: scores that differ by a rounding may change places.
+        same = (boxes + labels.sign() * 1e6).argmin(1) if len(got[0]) else got[2]
+        if len(got[0]) != len(expected[0]) or len(same.unique()) != len(same):
+            raise InputError(f'The file detects {len(got[0])} objects in an image of {size}, and '
+                             f'not the {len(expected[0])} of the detector: it was not exported '
+                             'rightly.')
+        errors = {name: (a[same].double() - b.double()).abs().max().item() if len(a) else 0.0
                   for name, a, b in zip(detector.output_names, got, expected)}
         if errors['boxes'] > BOX_TOLERANCE or errors['labels'] or max(
                 errors['scores'], errors.get('masks', 0)) > SCORE_TOLERANCE:
@@ -148,7 +162,7 @@ def preprocessing(config: Config, model: nn.Module, normalize: bool,
 
 
 def write_preprocessing(described: dict, path: Path, force: bool) -> None:
-    refuse_existing(path, force)
+    """Write :func:`preprocessing` to a file; InputError if it exists and ``force`` is not set."""
     with writing(path, force) as temporary:
         temporary.write_text(json.dumps(described, indent=2) + '\n')
 

@@ -104,7 +104,7 @@ def test_onnx(root, export, kind, options):
 
 
 def test_torchscript(export):
-    code, said = export('faster.py', 'faster.pth', '--out', 'faster.pt', '--format', 'torchscript')
+    code, said = export('faster.py', 'faster.pth', '--out', 'script.pt', '--format', 'torchscript')
     assert code is None and said.count('20 detections equal') == 2
 
 
@@ -147,3 +147,11 @@ def test_configs_by_name(tmp_path):
     mine = tmp_path / 'mine.py'
     mine.write_text("_base_ = 'mmdet_odconv::odconv/faster-rcnn_od-r50-k4_fpn_1x_coco.py'")
     assert Config.fromfile(mine).model == Config.fromfile(path).model
+
+
+def test_a_file_that_differs_is_not_written(root, export, monkeypatch):
+    monkeypatch.setattr(Runtime, '__call__', lambda self, image: [
+        value + 1 if i == 0 else value for i, value in enumerate(self._run(image))])
+    code, _ = export('faster.py', 'faster.pth', '--out', 'wrong.onnx')
+    assert code.startswith('error: The file differs from the detector in an image of ')
+    assert not (root / 'wrong.onnx').exists() and not (root / 'wrong.json').exists()

@@ -15,12 +15,12 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from mmdet_odconv import fuse
+from mmdet_odconv.checkpoints.files import refuse_existing
 from mmdet_odconv.deployment.detector import TensorDetector
 from mmdet_odconv.deployment.evaluation import ExportedDetector, evaluate
 from mmdet_odconv.deployment.export import (
     FORMATS,
     Runtime,
-    compare,
     example_images,
     export_detector,
     load_detector,
@@ -49,20 +49,23 @@ def main():
     parser.add_argument('--force', action='store_true', help='replace files that exist')
     args = parser.parse_args()
     with errors_explained():
+        described = args.out.with_suffix('.json')
+        for file in (args.out, described):
+            refuse_existing(file, args.force)
         path = Path(args.config) if Path(args.config).is_file() else find_config(args.config)
         config = Config.fromfile(path)
         init_default_scope(config.get('default_scope', 'mmdet'))
         model, classes = load_detector(config, args.checkpoint)
         detector = TensorDetector(fuse(model) if args.fuse else model, args.normalize)
         images = example_images(config, model, args.normalize, args.image)
-        export_detector(detector, args.out, images[0], args.format, args.opset, args.force)
+        checked = export_detector(detector, args.out, images, args.format, args.opset,
+                                  not args.no_check, args.force)
         write_preprocessing(preprocessing(config, model, args.normalize, classes),
-                            args.out.with_suffix('.json'), args.force)
+                            described, args.force)
         print(f'{args.out}: {args.out.stat().st_size / 1e6:.1f} MB')
-        if not args.no_check:
-            for found in compare(detector, Runtime(args.out), images):
-                print('{size}: {detections} detections equal, boxes within {boxes:.1g} px, scores '
-                      'within {scores:.1g}'.format(**found))
+        for found in checked:
+            print('{size}: {detections} detections equal, boxes within {boxes:.1g} px, scores '
+                  'within {scores:.1g}'.format(**found))
         if args.evaluate:
             exported = ExportedDetector(Runtime(args.out), model.data_preprocessor, args.normalize)
             with tempfile.TemporaryDirectory() as work_dir:
