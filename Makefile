@@ -39,7 +39,7 @@ $(VENV)/ready: setup.py pyproject.toml $(wildcard requirements/*.txt)
 	  MMCV_WITH_OPS=1 $(PIP) --no-build-isolation '$(MMCV)' || \
 	  { echo 'error: mmcv was not built: see Troubleshooting in README.md'; exit 1; }; }
 	$(PIP) -r $(REQUIREMENTS) 'setuptools<81'  # mim imports its pkg_resources
-	$(PIP) -e '.[quickstart,tests,imagenet]'
+	$(PIP) -e '.[quickstart,tests,imagenet,deploy]'
 	$(PIP) --no-deps openmim  # its dependencies would replace setuptools, rich and more
 	$(PIP) click colorama model-index pandas requests rich tabulate
 # opencv-python, which mmcv asks for, needs libGL and X11 of the system; headless does without.

@@ -28,6 +28,7 @@ if not os.environ.get('MMDET_ODCONV_LAYERS_ONLY'):
         SEResNet,
     )
     from .checkpoints import allow_mmengine_checkpoints, to_dynamic
+    from .deployment import allow_base_configs, config_path, fuse
     from .engine import InputCheckHook, TemperatureAnnealingHook
     from .errors import InputError
     from .layers import CondConv2d, DCDConv2d, DyConv2d, ODConv2d, set_temperature
@@ -37,7 +38,8 @@ if not os.environ.get('MMDET_ODCONV_LAYERS_ONLY'):
         'CondConv2d', 'DCDConv2d', 'DyConv2d', 'DyMobileNetV2', 'DyMobileNetV3', 'DyResNet',
         'InputCheckHook', 'InputError', 'MobileNetV3', 'ODConv2d', 'ODMobileNetV2', 'ODResNeXt',
         'ODResNet', 'ODResNetV1d', 'SEMobileNetV2', 'SEResNet', 'TemperatureAnnealingHook',
-        'dynamic_conv2d', 'set_temperature', 'to_dynamic'
+        'config_path', 'dynamic_conv2d', 'fuse', 'set_temperature', 'to_dynamic'
     ]
 
+    allow_base_configs()
     allow_mmengine_checkpoints()

@@ -46,6 +46,18 @@ def kept_meta(checkpoint: dict) -> dict:
     return {name: meta[name] for name in ('CLASSES', 'PALETTE', 'dataset_meta') if name in meta}
 
 
+def halved(state: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+    """Weights in half precision, but for tensors with values that it cannot hold."""
+    result = {}
+    for name, tensor in state.items():
+        half = tensor.half() if tensor.dtype in (torch.float32, torch.float64) else tensor
+        lost = ~torch.isfinite(half)
+        if name.endswith('running_var'):
+            lost |= half == 0
+        result[name] = tensor if lost.any() else half
+    return result
+
+
 def provenance(source: str, tool: str) -> Dict[str, str]:
     """What a converted checkpoint says in its meta of where it is from."""
     said = dict(source=Path(source).name, converted_by=f'mmdet_odconv {__version__} {tool}')

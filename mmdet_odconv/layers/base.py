@@ -38,6 +38,7 @@ class DynamicConv2d(nn.Module):
     output_padding = (0, 0)
 
     mixes_bias = False
+    filters = {'weight': 3}  # parameters with an axis of Cout, and how many axes come after it
     takes_static = False  # whether a static kernel in a state dict is inflated, or refused
 
     def __init__(self,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..ops import convolve_images, dynamic_conv2d
+from ..ops import convolve_images, dynamic_conv2d, is_exporting
 from .attention import PooledLinear, hidden_channels
 from .base import DynamicConv2d
 
@@ -42,6 +42,8 @@ class DCDConv2d(DynamicConv2d):
     Raises:
         ValueError: if an argument is out of range.
     """
+
+    filters = {'weight': 3, 'p': 1}
 
     def __init__(self,
                  in_channels: int,
@@ -83,8 +85,7 @@ class DCDConv2d(DynamicConv2d):
         nn.init.normal_(self.p, std=self.p.shape[1]**-0.5)
 
     def convolve(self, x: Tensor, padding, *, fusion: Tensor, filter_attention: Tensor) -> Tensor:
-        pixels = math.prod(x.shape[2:]) // math.prod(self.stride)
-        if len(x) > 0 and (self.fuses_elements or self.weight[0, 0].numel() <= pixels):
+        if is_exporting() or len(x) > 0 and (self.fuses_elements or self._kernels_are_small(x)):
             output = self._convolve_each(x, padding, fusion, filter_attention)
         else:
             # The kernels are larger than the maps: one static kernel serves all images.
@@ -96,13 +97,19 @@ class DCDConv2d(DynamicConv2d):
                 output = self._add_fused_channels(output, x, fusion)
         return output if self.bias is None else output + self.bias.to(output.dtype)[:, None, None]
 
+    def _kernels_are_small(self, x: Tensor) -> bool:
+        """Whether an image's kernel has no more elements than its maps."""
+        pixels = math.prod(x.shape[2:]) // math.prod(self.stride)
+        return self.weight[0, 0].numel() <= pixels
+
     def _convolve_each(self, x: Tensor, padding, fusion: Tensor, scale: Tensor) -> Tensor:
         """Convolve each image with its own Lambda W0 + P Phi Q^T."""
         kernels = scale[:, :, None, None, None] * self.weight
         if self.fuses_elements:
             kernels = kernels + (self.p @ fusion @ self.q.T).view_as(kernels)
         else:
-            fused = self._expand(fusion) @ self.q.view(self.groups, -1, self.p.shape[1]).mT
+            q = self.q.view(self.groups, -1, self.p.shape[1])
+            fused = self._expand(fusion) @ q.transpose(1, 2)
             around = [n for k in reversed(self.kernel_size) for n in (k // 2, k - 1 - k // 2)]
             kernels = kernels + F.pad(fused.flatten(1, 2)[..., None, None], around)
         return convolve_images(x, kernels, self.stride, padding, self.dilation, self.groups)
@@ -110,7 +117,7 @@ class DCDConv2d(DynamicConv2d):
     def _add_fused_channels(self, static: Tensor, x: Tensor, fusion: Tensor) -> Tensor:
         """static + P Phi Q^T x, by two thin products on the maps."""
         batch, groups, latent = len(x), self.groups, self.p.shape[1]
-        squeeze = self.q.view(groups, -1, latent).mT.reshape(groups * latent, -1, 1, 1)
+        squeeze = self.q.view(groups, -1, latent).transpose(1, 2).reshape(groups * latent, -1, 1, 1)
         z = F.conv2d(self._centres(x, static.shape[2:]), squeeze, None, self.stride, groups=groups)
         pixels = math.prod(static.shape[2:])
         output = torch.baddbmm(
@@ -164,7 +171,7 @@ class DCDAttention(nn.Module):
         """Lambda, (B, Cout), and Phi, (B, L, L), of maps with this average, (B, Cin)."""
         hidden = F.relu(self.fc(average))
         scale = F.relu6(self.filter_fc(hidden) / temperature + 3) / 3
-        fusion = self.fusion_fc(hidden).unflatten(1, (self.latent, self.latent))
+        fusion = self.fusion_fc(hidden).reshape(-1, self.latent, self.latent)
         return dict(filter_attention=scale, fusion=fusion)
 
 

@@ -114,7 +114,7 @@ class ODAttention(nn.Module):
         attentions = dict(zip(heads, logits.sigmoid().split(widths, 1)))
         if 'spatial_attention' in heads:
             spatial = attentions['spatial_attention']
-            attentions['spatial_attention'] = spatial.unflatten(1, self.kernel_size)
+            attentions['spatial_attention'] = spatial.reshape(-1, *self.kernel_size)
         if 'kernel_attention' in heads:
             attentions['kernel_attention'] = logits[:, -widths[-1]:].softmax(1)
         return attentions

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .exported import exported_convolve_images, is_exporting
 from .machine import NOMINAL, Machine, machine
 
 
@@ -25,6 +26,8 @@ def convolve_images(input: Tensor, kernels: Tensor, stride=1, padding=0, dilatio
     Returns:
         (B, Cout, Hout, Wout).
     """
+    if is_exporting():
+        return exported_convolve_images(input, kernels, stride, padding, dilation, groups)
     if len(input) == 0:
         return F.conv2d(input, kernels.sum(0), None, stride, padding, dilation, groups)
     way = choose_way(input, kernels.shape[1:], stride, padding, dilation, groups)
@@ -142,14 +145,6 @@ def is_traced() -> bool:
     So it is while a graph is drawn, by a compiler or an exporter, and under ``torch.func``.
     """
     return torch.compiler.is_compiling() or is_exporting() or _is_transformed()
-
-
-def is_exporting() -> bool:
-    """Whether a graph is being drawn that batches of other sizes may run through."""
-    if torch.jit.is_tracing():
-        return True
-    is_exporting = getattr(torch.compiler, 'is_exporting', None)  # from torch 2.7 on
-    return is_exporting is not None and is_exporting()
 
 
 def _is_transformed() -> bool:

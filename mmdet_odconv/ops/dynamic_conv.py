@@ -13,14 +13,13 @@ from torch import Tensor
 from . import blocked, folded, fused, kernels, shared
 from .autograd import Planned, plain_conv2d
 from .convolution import (
-    is_exporting,
     is_pointwise,
     is_traced,
     machine_of,
     output_size,
     way_costs,
 )
-from .exported import unfolded_conv2d
+from .exported import exported_conv2d, is_exporting
 from .grouped import grouped_conv2d
 from .machine import Machine
 
@@ -97,10 +96,10 @@ _forced_plan: contextvars.ContextVar[Optional[str]] = contextvars.ContextVar('pl
 
 
 def _run(plan: str, *arguments) -> Tensor:
+    if is_exporting():
+        return exported_conv2d(*arguments)
     if arguments[0].shape[0] == 0:
         return _empty_batch(*arguments)
-    if is_exporting():
-        return unfolded_conv2d(*arguments)
     if plan == 'plain':
         return plain_conv2d(*arguments)
     if plan == 'grouped':

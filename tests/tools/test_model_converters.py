@@ -15,6 +15,7 @@ from mmengine.runner import load_checkpoint
 
 from mmdet_odconv import InputError, ODResNet
 from mmdet_odconv.checkpoints import read_weights, save_checkpoint
+from mmdet_odconv.checkpoints.files import halved
 from mmdet_odconv.checkpoints.swapping import build_model
 from mmdet_odconv.layers import DynamicConv2d
 
@@ -221,6 +222,29 @@ def test_weights_of_whole_static_detectors(root, refused, convert, tmp_path):
     torch.testing.assert_close(bank.mean(0) / bank.mean(0).norm(),
                                static['backbone.layer1.0.conv1.weight'] /
                                static['backbone.layer1.0.conv1.weight'].norm())
+
+
+def test_publish_model(root, convert, tmp_path):
+    config = Config.fromfile(root / 'static.py')
+    _, said = convert('publish_model', 'static.pth', tmp_path / 'small.pth')
+    out, = tmp_path.iterdir()
+    checkpoint = torch.load(out, weights_only=True)
+    assert sorted(checkpoint) == ['meta', 'state_dict'] and f'{out}: ' in said
+    assert checkpoint['meta']['dataset_meta'] == {'classes': ('a', 'b')}
+    theirs = torch.load(root / 'static.pth', weights_only=True)['state_dict']
+    assert out.stat().st_size < 0.6 * sum(t.numel() * t.element_size() for t in theirs.values())
+    model = build_model(config)
+    load_checkpoint(model, str(out), strict=True)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=5e-4, atol=1e-7)
+
+
+def test_halves_hold_what_they_can():
+    state = dict(weight=torch.tensor([1e-9, 1.0]), large=torch.tensor([1e6]),
+                 running_var=torch.tensor([1e-9, 1.0]), steps=torch.tensor(70000))
+    half = halved(state)
+    assert half['weight'].dtype == torch.float16
+    assert all(half[name] is state[name] for name in ('large', 'running_var', 'steps'))
 
 
 def test_a_file_of_no_release(refused):
