@@ -1,11 +1,13 @@
 """Hooks: temperature annealing, and checks before hours are spent on a mistaken input."""
+import os
 import re
 from typing import Iterator, List
 
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, Runner
 
+from ..checkpoints.contents import check_resumable, forget_paths
 from ..checkpoints.published import check_finite, few, strip_prefix
 from ..errors import InputError
 from ..layers import set_temperature
@@ -92,13 +94,17 @@ class InputCheckHook(Hook):
                 raise
             missing = [name for name in model.state_dict() if name not in state]
         training = isinstance(runner._train_loop, BaseLoop)
+        if training and runner._resume:
+            check_resumable(checkpoint)
+        forget_paths(checkpoint, _saved_in(runner))
         if training and not runner._resume:
-            # Fine-tuning may replace a head; a file of which nothing fits is a mistake.
-            if len(missing) + len(mismatched) < len(model.state_dict()):
+            # Fine-tuning may replace a head; a file of which nothing fits is a mistake. Counters
+            # are never missing: torch makes those that a file lacks.
+            if any(name not in missing and name not in mismatched for name in model.state_dict()
+                   if not name.endswith('num_batches_tracked')):
                 return
         elif not missing and not mismatched:
             return
-
 
         def among(names: List[str]) -> str:
             return f' ({few(names)})' if names else ''
@@ -139,6 +145,14 @@ class InputCheckHook(Hook):
                 raise InputError(
                     f'{name} has num_classes={num_classes} but {datasets[expected]} has '
                     f'{expected} classes: set num_classes={expected} in the config.')
+
+
+def _saved_in(runner: Runner) -> str:
+    """Directory of the run's checkpoints, which CheckpointHook sets only as training begins."""
+    out_dirs = [hook.out_dir for hook in runner.hooks
+                if isinstance(hook, CheckpointHook) and hook.out_dir is not None]
+    name = os.path.basename(runner.work_dir.rstrip(os.sep))
+    return os.path.join(out_dirs[0], name) if out_dirs else runner.work_dir
 
 
 def _unwrapped(dataset) -> Iterator:
