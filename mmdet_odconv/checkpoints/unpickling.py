@@ -92,6 +92,11 @@ class _OneCycle:
         raise _refused('mmengine.optim.OneCycleParamScheduler')
 
 
+def _empty_bytes() -> bytes:
+    """Stands for ``bytes``, which pickle calls for an empty array's."""
+    return b''
+
+
 ATTRIBUTES = {
     _History: {name: getattr(HistoryBuffer, name) for name in ('min', 'max', 'mean', 'current')},
     _OneCycle: {name: getattr(OneCycleParamScheduler, name)
@@ -111,6 +116,7 @@ def _attribute(owner, name: str):
 
 STAND_INS = {
     'numpy.dtype': _Kind, 'numpy.ndarray': _Array, 'builtins.getattr': _attribute,
+    'builtins.bytes': _empty_bytes,
     **{f'numpy.{core}.multiarray.{name}': stand_in for core in ('core', '_core')  # NumPy 1, 2
        for name, stand_in in (('_reconstruct', _reconstruct), ('scalar', _scalar))},
     f'{HistoryBuffer.__module__}.HistoryBuffer': _History,
