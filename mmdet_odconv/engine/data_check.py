@@ -3,16 +3,18 @@
 MMDetection leaves out boxes and images that it cannot use without a word, takes NaN for a number
 and fails on the rest when it comes to it, hours later perhaps.
 """
+import contextlib
 import json
 import logging
 import math
 import os
 from itertools import compress
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Iterator, List, Optional, Tuple
 
 import numpy as np
 from mmcv.transforms import LoadImageFromFile
 from mmdet.datasets import CocoDataset
+from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.fileio import get_local_path
 from mmengine.logging import print_log
 
@@ -21,6 +23,42 @@ from ..errors import InputError
 IMAGE_KEYS = ('id', 'file_name', 'width', 'height')
 ANNOTATION_KEYS = ('id', 'image_id', 'category_id', 'bbox', 'area')
 SAMPLE = 64  # images that are read before training begins, evenly spaced
+
+
+def check_data(dataset, strict: bool = True) -> None:
+    """Check annotations and images of what is trained on, on the main process for all of them.
+
+    Args:
+        dataset: one or several, in any wrapper.
+        strict: refuse what cannot be trained on; else warn of it.
+
+    Raises:
+        InputError: in every process.
+    """
+    said: List[Optional[str]] = [None]
+    if is_main_process():
+        try:
+            for part in unwrapped(dataset):
+                check_annotations(part)
+                check_images(part)
+        except InputError as error:
+            said = [str(error)]
+    broadcast_object_list(said)
+    if said[0] is not None:
+        if strict:
+            raise InputError(said[0])
+        print_log(said[0], logger='current', level=logging.WARNING)
+
+
+def unwrapped(dataset) -> Iterator:
+    """The datasets under RepeatDataset, ConcatDataset, MultiImageMixDataset and their like."""
+    if hasattr(dataset, 'datasets'):
+        for part in dataset.datasets:
+            yield from unwrapped(part)
+    elif hasattr(dataset, 'dataset'):
+        yield from unwrapped(dataset.dataset)
+    else:
+        yield dataset
 
 
 def check_annotations(dataset) -> None:
@@ -57,7 +95,7 @@ def find_faults(dataset: CocoDataset) -> Tuple[List[str], List[str]]:
         Two lists of phrases, such as '2 of 9 annotations have a box that ..., the first ...'.
     """
     with get_local_path(dataset.ann_file, backend_args=dataset.backend_args) as path, \
-            open(path) as file:
+            open(path, 'rb') as file:
         content = json.load(file)
     faults: List[str] = []
     left_out: List[str] = []
@@ -121,8 +159,10 @@ def find_faults(dataset: CocoDataset) -> Tuple[List[str], List[str]]:
     shows = dict(zip(reasons, ('image_id', 'category_id', 'bbox', 'bbox', 'area')))
     for what, wrong in reasons.items():
         say(left_out, what, annotations, wrong, shows[what])
-    usable = np.array([kind in classes for kind in kinds], bool)
-    usable &= np.array([not annotation.get('ignore', False) for annotation in annotations], bool)
+    learnt = set(classes)
+    usable = np.array([kind in learnt for kind in kinds], bool)
+    usable &= np.array([not (annotation.get('ignore') or annotation.get('iscrowd'))
+                        for annotation in annotations], bool)
     for wrong in reasons.values():
         usable &= ~wrong
     if not usable.any():
@@ -150,7 +190,8 @@ def _numbers(values, length: int) -> List[float]:
     """``length`` numbers as floats; NaN for each if that is not what ``values`` is."""
     if isinstance(values, list) and len(values) == length and all(
             type(value) in (int, float) for value in values):
-        return values
+        with contextlib.suppress(OverflowError):
+            return [float(value) for value in values]
     return [math.nan] * length
 
 
@@ -214,13 +255,16 @@ def check_images(dataset) -> None:
     if load is None:
         return
     for i in range(0, len(dataset), -(-len(dataset) // SAMPLE)):
-        info: Dict = dataset.get_data_info(i)
+        info = dataset.get_data_info(i)
+        if 'img_path' not in info:
+            return
         try:
-            found = load(dict(info))['ori_shape'][:2]
+            loaded = load(dict(info))
         except Exception as error:  # as many as there are libraries that read images
             raise InputError(unreadable(info['img_path'], error)) from error
+        found = (loaded or {}).get('ori_shape')  # none where the config ignores what is empty
         said = info.get('height'), info.get('width')
-        if None not in said and found != said:
+        if found is not None and None not in said and found != said:
             raise InputError(
                 f'Image {info["img_path"]} is {found[1]} x {found[0]} pixels, where '
                 f'{dataset.ann_file} says {said[1]} x {said[0]}: its boxes are those of another '

@@ -1,7 +1,7 @@
 """Hooks: temperature annealing, and checks before hours are spent on a mistaken input."""
 import os
 import re
-from typing import Iterator, List
+from typing import List
 
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
@@ -11,6 +11,7 @@ from ..checkpoints.contents import check_resumable, forget_paths
 from ..checkpoints.published import check_finite, few, strip_prefix
 from ..errors import InputError
 from ..layers import set_temperature
+from .data_check import check_data, unwrapped
 
 
 @HOOKS.register_module()
@@ -62,17 +63,24 @@ class TemperatureAnnealingHook(Hook):
 class InputCheckHook(Hook):
     """Refuses what MMEngine would only log, or fail on much later.
 
-    A dataset whose annotations lack classes that the config names; a head whose num_classes is
-    not their number (unless the dataset is panoptic, where some heads know things alone, or the
-    classes are named by text); a checkpoint with NaNs; and, when testing or resuming, one of
-    another architecture.
+    A dataset whose annotations lack classes that the config names, or cannot be trained on; a
+    head whose num_classes is not their number (unless the dataset is panoptic, where some heads
+    know things alone, or the classes are named by text); a checkpoint with NaNs, of which nothing
+    fits, or, when testing or resuming, one of another architecture.
+
+    Args:
+        strict: refuse annotations and images that cannot be trained on; else warn of them.
 
     Raises:
         InputError: with the values found and expected.
     """
 
+    def __init__(self, strict: bool = True) -> None:
+        self.strict = strict
+
     def before_train(self, runner: Runner) -> None:
         self._check_classes(runner, runner.train_dataloader.dataset)
+        check_data(runner.train_dataloader.dataset, self.strict)
 
     def before_val(self, runner: Runner) -> None:
         self._check_classes(runner, runner.val_dataloader.dataset)
@@ -118,7 +126,7 @@ class InputCheckHook(Hook):
     @staticmethod
     def _check_classes(runner: Runner, dataset) -> None:
         datasets = {}
-        for leaf in _unwrapped(dataset):
+        for leaf in unwrapped(dataset):
             metainfo = getattr(leaf, 'metainfo', {})
             classes, found = metainfo.get('classes'), getattr(leaf, 'cat_ids', None)
             if classes is None:
@@ -153,14 +161,3 @@ def _saved_in(runner: Runner) -> str:
                 if isinstance(hook, CheckpointHook) and hook.out_dir is not None]
     name = os.path.basename(runner.work_dir.rstrip(os.sep))
     return os.path.join(out_dirs[0], name) if out_dirs else runner.work_dir
-
-
-def _unwrapped(dataset) -> Iterator:
-    """The datasets under RepeatDataset, ConcatDataset, MultiImageMixDataset and their like."""
-    if hasattr(dataset, 'datasets'):
-        for part in dataset.datasets:
-            yield from _unwrapped(part)
-    elif hasattr(dataset, 'dataset'):
-        yield from _unwrapped(dataset.dataset)
-    else:
-        yield dataset
