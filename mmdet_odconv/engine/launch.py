@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, Optional
 
 import mmdet
+from mmcv.transforms import LoadImageFromFile
 from mmdet.datasets import CocoDataset
 from mmengine.registry import MODELS
 
 from ..errors import InputError
+from .data_check import check_annotations, unreadable
 
 CONFIGS = Path(__file__).parents[1] / '.mim' / 'configs'
 # What reading another JSON, or none, as COCO raises.
-NOT_COCO = (AssertionError, AttributeError, LookupError, TypeError, ValueError)
+NOT_COCO = (AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 def run_mmdet_tool(name: str) -> None:
@@ -100,23 +102,55 @@ def explain(error: BaseException) -> Optional[str]:
             return (f'Annotation file {ann_file} does not exist: set data_root and ann_file of '
                     'the dataset in the config, or put the dataset there.')
         if isinstance(dataset, CocoDataset) and isinstance(error, NOT_COCO):
+            faults = _faults(dataset)
+            if faults is not None:
+                return faults
             return (f'Annotation file {ann_file} could not be read as COCO '
                     f'({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ""}'
                     '): expected a JSON object with images, annotations and categories.')
     dataset = _locals_of(error, '_serialize_data').get('self')
     if dataset is not None and not dataset.data_list:
         classes, found = dataset.metainfo.get('classes', ()), getattr(dataset, 'cat_ids', None)
+        faults = _faults(dataset) if found is not None and len(found) == len(classes) else None
+        if faults is not None:
+            return faults
         counts = '' if found is None else (
             f'it has {len(found)} of the {len(classes)} classes that the config names '
             f'({", ".join(map(str, classes[:5]))}): ')
         return (f"{dataset.ann_file} leaves no image to use: {counts}set the dataset's "
                 'metainfo=dict(classes=...) to names that its categories have.')
     image = _locals_of(error, 'transform').get('results', {}).get('img_path')
-    if isinstance(error, FileNotFoundError) and image is not None:
-        return (f'Image {image} does not exist: set data_root and data_prefix of the dataset in '
-                'the config to where the images are.')
+    if image is not None and isinstance(_locals_of(error, 'transform')['self'], LoadImageFromFile):
+        return unreadable(image, error)
+    if 'in DataLoader worker process' in str(error):
+        return _unreadable_in_worker(str(error))
     if isinstance(error, FileNotFoundError) and error.filename:
         return f'{error.filename} does not exist: check the paths in the config.'
+    return None
+
+
+def _faults(dataset: CocoDataset) -> Optional[str]:
+    """What keeps annotations from training, where that is more than that they are not COCO."""
+    try:
+        check_annotations(dataset)
+    except InputError as error:
+        return str(error)
+    except Exception:  # whatever a file of another kind answers
+        return None
+    return None
+
+
+def _unreadable_in_worker(text: str) -> Optional[str]:
+    """The same of an image that a worker read, whose frames are text; None for other errors."""
+    found = re.findall(r"(failed to load image|No such file or directory|Is a directory"
+                       r"|Permission denied): '?(.+?)'?$", text, re.MULTILINE)
+    if found and ('fileio.get' in text or 'failed to load' in text):
+        what, path = found[-1]  # before it, lines of source
+        return unreadable(path, FileNotFoundError() if 'No such' in what else None)
+    if 'imfrombytes' in text:
+        return ('An image is empty, damaged or of another kind, and the worker that read it does '
+                'not say which: run with train_dataloader.num_workers=0 '
+                'train_dataloader.persistent_workers=False to learn its name.')
     return None
 
 
