@@ -5,7 +5,7 @@ element of every image's kernel, and the products on the way, are made block by 
 and made again in the backward pass, and no transform is.
 """
 import functools
-from typing import Optional, Tuple
+from typing import Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -108,12 +108,13 @@ def published_kernels(spectrum, a, c, f, s, u, w, frequency_groups, kernel_shape
     maps = spectrum * _scale(a, frequency_groups)
     out_channels, inner, kh, kw = kernel_shape
     plane = torch.fft.irfft2(torch.view_as_complex(maps), s=(out_channels * kh, inner * kw))
-    column, row = _gates(a, c, f, s, u is not None, kernel_shape, groups)
+    column, row = _gates(a, c, f, s, kernel_shape, groups)
     gate = column * row
     if u is not None:
-        gate = gate * _local_logits(_by_group(u, groups), w, kernel_shape, groups).sigmoid()
-    kernels = _as_rows(plane, kernel_shape, groups) * _as_plane(gate, kh).transpose(3, 4)
-    return kernels.reshape(len(a), *kernel_shape)
+        logits = w.view(groups, -1, w.shape[1]) @ _by_group(u, groups)
+        gate = gate * 2 * logits.unflatten(2, (-1, kh, kw)).transpose(4, 5).sigmoid()
+    plane = plane.view(len(a), groups, -1, kh, inner, kw)
+    return (plane * gate).transpose(3, 4).reshape(len(a), *kernel_shape)
 
 
 class FourierKernels(torch.autograd.Function):
@@ -121,22 +122,19 @@ class FourierKernels(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, spectrum, a, c, f, s, u, w, frequency_groups, kernel_shape, groups):
-        out_channels, inner, kh, kw = kernel_shape
-        kernels = a.new_empty(len(a), groups, out_channels // groups, inner, kh, kw)
-        column, row = _gates(a, c, f, s, u is not None, kernel_shape, groups)
-        u_groups = None if u is None else _by_group(u, groups)
+        inner, kw = kernel_shape[1::2]
+        kernels = a.new_empty(len(a), *kernel_shape)
+        in_planes = _in_planes(kernels, kernel_shape, groups)
+        gates = _gates(a, c, f, s, kernel_shape, groups)
+        local = _LocalGates(u, w, kernel_shape, groups)
         for images in _image_chunks(spectrum, len(a)):
             maps = spectrum * _scale(a[images], frequency_groups)
             # irfft2 does the same in twice the time, for the sake of a copy.
-            plane = torch.fft.irfft(torch.fft.ifft(torch.view_as_complex(maps), dim=1),
-                                    inner * kw)
-            del maps
-            plane = _as_rows(plane, kernel_shape, groups)
-            for rows in _row_blocks(kernels[images]):
-                gate = _block_gate(column, row, u_groups, w, images, rows, kernel_shape, groups)
-                torch.mul(plane[:, :, rows], _as_plane(gate, kh).transpose(3, 4),
-                          out=kernels[images, :, rows])
-        kernels = kernels.view(len(a), *kernel_shape)
+            maps = torch.fft.ifft(torch.view_as_complex(maps), dim=1)
+            plane = torch.fft.irfft(maps, inner * kw).view(in_planes[images].shape)
+            for rows in _row_blocks(plane):
+                gate = _product(*gates, local.sigmoid(images, rows), images, rows)
+                _multiply(plane[:, :, rows], gate, in_planes[images, :, rows])
         ctx.save_for_backward(spectrum, a, c, f, s, u, w, frequency_groups, kernels)
         ctx.geometry = kernel_shape, groups
         return kernels
@@ -147,48 +145,44 @@ class FourierKernels(torch.autograd.Function):
         if torch.is_grad_enabled():
             return (*_differentiable_gradients(ctx, grad), None, None, None)
         spectrum, a, c, f, s, u, w, frequency_groups, kernels = ctx.saved_tensors
-        (out_channels, inner, kh, kw), groups = ctx.geometry
-        rows_shape = groups, out_channels // groups, inner, kh, kw
-        grad, kernels = grad.reshape(len(a), *rows_shape), kernels.view(len(a), *rows_shape)
-        column, row = _gates(a, c, f, s, u is not None, *ctx.geometry)
-        u_groups = None if u is None else _by_group(u, groups)
+        kernel_shape, groups = ctx.geometry
+        grad, kernels = (_in_planes(t, *ctx.geometry) for t in (grad, kernels))
+        gates = _gates(a, c, f, s, *ctx.geometry)
+        local = _LocalGates(u, w, *ctx.geometry, needs_grad=True)
         # The derivative of a gate's logarithm by its logit is 1 - sigmoid(logit): of all gates'
         # gradients the kernels times their gradients are a factor, and none is divided by.
-        grad_column = a.new_zeros(len(a), groups, inner, kh * kw)
-        grad_f = a.new_zeros(len(a), groups, out_channels // groups)
-        grad_a = torch.zeros_like(a)
-        grad_spectrum = torch.zeros_like(spectrum)
-        grad_u, grad_w = (None, None) if u is None else (torch.zeros_like(u_groups),
-                                                         torch.zeros_like(w))
+        grad_column = a.new_zeros(len(a), groups, 1, *kernels.shape[3:])
+        grad_row = a.new_zeros(*kernels.shape[:3], 1, 1, 1)
+        grad_a, grad_spectrum = torch.zeros_like(a), torch.zeros_like(spectrum)
         for images in _image_chunks(spectrum, len(a)):
-            count = len(a[images])
-            plane = a.new_empty(count, groups, rows_shape[1], kh, inner, kw)
-            for rows in _row_blocks(kernels[images]):
+            plane = a.new_empty(grad[images].shape)
+            for rows in _row_blocks(plane):
                 some = grad[images, :, rows]
-                product = (some * kernels[images, :, rows]).flatten(4)
-                grad_column[images] += product.sum(2)
-                grad_f[images, :, rows] = product.sum((3, 4))
-                gate = _block_gate(column, row, u_groups, w, images, rows, *ctx.geometry,
-                                   grad_u, grad_w, product)
-                torch.mul(some.transpose(3, 4), _as_plane(gate, kh), out=plane[:, :, rows])
-            plane = plane.view(count, out_channels * kh, inner * kw)
+                product = _multiply(some, kernels[images, :, rows], plane[:, :, rows])
+                grad_column[images] += product.sum(2, keepdim=True)
+                grad_row[images, :, rows] = product.sum((3, 4, 5), keepdim=True)
+                sigmoid = local.sigmoid(images, rows)
+                local.add_gradients(product, sigmoid, images, rows)
+                gate = _product(*gates, sigmoid, images, rows)
+                _multiply(some, gate, plane[:, :, rows])
+            plane = plane.view(len(plane), len(spectrum), -1)
             maps = torch.view_as_real(torch.fft.fft(torch.fft.rfft(plane), dim=1))
             # What rfft leaves out is the conjugate of what it keeps: these count twice.
-            maps[:, :, 1:(inner * kw + 1) // 2] *= 2
+            maps[:, :, 1:(plane.shape[2] + 1) // 2] *= 2
             maps /= plane[0].numel()
             grad_a[images] = _sum_by_group(maps, spectrum, frequency_groups, a.shape[1])
             if ctx.needs_input_grad[0]:
                 for some, scale in zip(maps, _scale(a[images], frequency_groups)):
                     grad_spectrum.addcmul_(some, scale)
-        grad_c = grad_s = None
+        grad_c = grad_f = grad_s = None
         if c is not None:
-            grad_c = grad_column.sum(3).view(c.shape) * (1 - c.sigmoid())
+            grad_c = grad_column.sum((2, 3, 5)).view(c.shape) * (1 - c.sigmoid())
+        if f is not None:
+            grad_f = grad_row.view(f.shape) * (1 - f.sigmoid())
         if s is not None:
-            grad_s = grad_column.sum((1, 2)) * (1 - s.sigmoid())
-        grad_f = None if f is None else grad_f.view(f.shape) * (1 - f.sigmoid())
-        if u is not None:
-            grad_u = grad_u.transpose(1, 2).reshape(u.shape)
-        return grad_spectrum, grad_a, grad_c, grad_f, grad_s, grad_u, grad_w, None, None, None
+            grad_s = grad_column.sum((1, 2, 4)).view(s.shape) * (1 - s.sigmoid())
+        return (grad_spectrum, grad_a, grad_c, grad_f, grad_s, *local.gradients(), None, None,
+                None)
 
 
 def _differentiable_gradients(ctx, grad):
@@ -219,65 +213,90 @@ def _sum_by_group(maps: Tensor, spectrum: Tensor, frequency_groups: Tensor, grou
     return sums
 
 
-# Below, kernels are (B, groups, rows, I, kh, kw), with rows the output channels of a group and I =
-# Cin / groups; their gates (B, groups, rows, kh * kw, I), as one matrix product makes them.
+# Below, kernels and gates are as in the plane that is transformed, (B, groups, rows, kh, I, kw),
+# with rows the output channels of a group and I = Cin / groups.
 
 
-def _as_rows(plane: Tensor, kernel_shape, groups: int) -> Tensor:
-    """(B, Cout * kh, I * kw) -> (B, groups, rows, I, kh, kw), a view."""
+def _in_planes(kernels: Tensor, kernel_shape, groups: int) -> Tensor:
+    """A view of kernels, (B, Cout, I, kh, kw)."""
+    return kernels.reshape(len(kernels), groups, -1, *kernel_shape[1:]).transpose(3, 4)
+
+
+def _multiply(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
+    """x * y into ``out``, by rows of the kernel: all at once take three times as long."""
+    for i in range(out.shape[3]):
+        torch.mul(x[:, :, :, i], y[:, :, :, i], out=out[:, :, :, i])
+    return out
+
+
+def _gates(a, c, f, s, kernel_shape, groups: int) -> Tuple[Tensor, Tensor]:
+    """Gates of columns, (B, groups, 1, kh, I, kw), and of rows, (B, groups, rows, 1, 1, 1)."""
     out_channels, inner, kh, kw = kernel_shape
-    return plane.view(len(plane), groups, out_channels // groups, kh, inner, kw).transpose(3, 4)
-
-
-def _as_plane(gate: Tensor, kh: int) -> Tensor:
-    """(B, groups, rows, kh * kw, I) -> (B, groups, rows, kh, I, kw), a view."""
-    return gate.unflatten(3, (kh, -1)).transpose(4, 5)
-
-
-def _gates(a, c, f, s, is_local: bool, kernel_shape, groups: int) -> Tuple[Tensor, Tensor]:
-    """All gates but the sigmoid of the local logits, as columns' and rows'.
-
-    (B or 1, 1 or groups, 1, 1 or kh * kw, 1 or I) and (B or 1, 1 or groups, 1 or rows, 1, 1).
-    """
-    inner = kernel_shape[1]
-    column = a.new_full((1, 1, 1, 1, 1), 2.0 if is_local else 1.0)
-    row = a.new_ones(1, 1, 1, 1, 1)
-    if s is not None:
-        column = column * 2 * s.sigmoid()[:, None, None, :, None]
+    column = a.new_ones(len(a), groups, 1, kh, inner, kw)
+    row = a.new_ones(len(a), groups, out_channels // groups, 1, 1, 1)
     if c is not None:
-        column = column * 2 * c.sigmoid().view(len(c), groups, 1, 1, inner)
+        column = column * 2 * c.sigmoid().view(len(c), groups, 1, 1, inner, 1)
+    if s is not None:
+        column = column * 2 * s.sigmoid().view(len(s), 1, 1, kh, 1, kw)
     if f is not None:
-        row = 2 * f.sigmoid().view(len(f), groups, -1, 1, 1)
-    return column.expand(len(a), -1, -1, -1, -1), row.expand(len(a), -1, -1, -1, -1)
+        row = 2 * f.sigmoid().view(row.shape)
+    return column, row
 
 
-def _block_gate(column, row, u, w, images: slice, rows: slice, kernel_shape, groups: int,
-                grad_u=None, grad_w=None, product=None) -> Tensor:
-    """Gates of a block of kernels.
+def _product(column: Tensor, row: Tensor, sigmoid: Optional[Tensor], images: slice, rows: slice
+             ) -> Tensor:
+    """All gates of a block of kernels, made of their local ones' sigmoid in place."""
+    column, row = column[images], row[images, :, rows]
+    if sigmoid is None:
+        return column * row
+    return sigmoid.mul_(column * 2).mul_(row)
 
-    The local gates' gradients are added to ``grad_u`` and ``grad_w`` if there is a ``product``,
-    of the block's kernels and their gradients.
+
+class _LocalGates:
+    """The gates of a kernel's single elements, block by block, and their gradients.
+
+    So that they are made in the order of the plane, the product is with features repeated for each
+    column of the kernel, (kw * T, I * kw), zero between unlike columns.
     """
-    column, row = column[images], row[images]
-    row = row[:, :, rows] if row.shape[2] > 1 else row
-    if u is None:
-        return (column * row).expand(-1, groups, -1, kernel_shape[2] * kernel_shape[3],
-                                     kernel_shape[1])
-    area = kernel_shape[2] * kernel_shape[3]
-    w = w.view(groups, -1, area, w.shape[1])[:, rows].flatten(1, 2)
-    u = u[images]
-    gate = (w @ u).unflatten(2, (-1, area)).sigmoid_()
-    if product is not None:
-        grad_logits = (product.mT * (1 - gate)).flatten(2, 3)
-        grad_u[images] += w.mT @ grad_logits
-        grad_w.view(groups, -1, area, w.shape[2])[:, rows] += (
-            grad_logits @ u.mT).sum(0).unflatten(1, (-1, area))
-    return gate.mul_(column).mul_(row)
 
+    def __init__(self, u, w, kernel_shape, groups: int, needs_grad: bool = False) -> None:
+        self.u, self.w, self.groups = u, w, groups
+        if u is None:
+            return
+        self.kernel_shape, (kh, kw) = kernel_shape, kernel_shape[2:]
+        self.weight = w.view(groups, -1, kh, kw * w.shape[1])
+        features = torch.diag_embed(_by_group(u, groups)[..., None].expand(-1, -1, -1, -1, kw))
+        self.features = features.permute(0, 1, 4, 2, 3, 5).flatten(4).flatten(2, 3)
+        if needs_grad:
+            self.grad_features = torch.zeros_like(self.features)
+            self.grad_weight = torch.zeros_like(self.weight)
 
-def _local_logits(u: Tensor, w: Tensor, kernel_shape, groups: int) -> Tensor:
-    area = kernel_shape[2] * kernel_shape[3]
-    return (w.view(groups, -1, w.shape[1]) @ u).unflatten(2, (-1, area))
+    def sigmoid(self, images: slice, rows: slice) -> Optional[Tensor]:
+        """The sigmoid of a block's logits, (B, groups, rows, kh, I, kw)."""
+        if self.u is None:
+            return None
+        logits = self.weight[:, rows].flatten(1, 2) @ self.features[images]
+        _, inner, kh, kw = self.kernel_shape
+        return logits.sigmoid_().view(*logits.shape[:2], -1, kh, inner, kw)
+
+    def add_gradients(self, product: Tensor, sigmoid: Tensor, images: slice, rows: slice) -> None:
+        """``product`` is of the block's kernels and their gradients; it is changed."""
+        if self.u is None:
+            return
+        grad = product.addcmul_(product, sigmoid, value=-1).flatten(4).flatten(2, 3)
+        weight = self.weight[:, rows].flatten(1, 2)
+        self.grad_features[images] += weight.mT @ grad
+        grad_weight = (grad @ self.features[images].mT).sum(0)
+        self.grad_weight[:, rows] += grad_weight.view(self.weight[:, rows].shape)
+
+    def gradients(self) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+        """Those of u and w."""
+        if self.u is None:
+            return None, None
+        _, inner, _, kw = self.kernel_shape
+        grad = self.grad_features.unflatten(2, (kw, -1)).unflatten(4, (inner, kw))
+        grad_u = grad.diagonal(dim1=2, dim2=5).sum(-1)  # (B, groups, T, I)
+        return grad_u.transpose(1, 2).reshape(self.u.shape), self.grad_weight.view(self.w.shape)
 
 
 def _by_group(u: Tensor, groups: int) -> Tensor:
@@ -285,17 +304,16 @@ def _by_group(u: Tensor, groups: int) -> Tensor:
     return u.unflatten(2, (groups, -1)).transpose(1, 2)
 
 
-def _image_chunks(spectrum: Tensor, batch: int):
+def _image_chunks(spectrum: Tensor, batch: int) -> Sequence[slice]:
     """Slices of images whose planes are cached together; all images elsewhere than on a CPU."""
     if spectrum.device.type != 'cpu':
         return slices(batch, batch)
     return slices(batch, BLOCK_BYTES // (spectrum.numel() * spectrum.element_size()))
 
 
-def _row_blocks(kernels: Tensor):
+def _row_blocks(plane: Tensor) -> Sequence[slice]:
     """Slices of rows whose kernels are of BLOCK_BYTES, if they are not grouped."""
-    groups, rows = kernels.shape[1:3]
-    if groups > 1 or kernels.device.type != 'cpu' or len(kernels) == 0:
+    groups, rows = plane.shape[1:3]
+    if groups > 1 or plane.device.type != 'cpu' or len(plane) == 0:
         return (ALL, )
-    row_bytes = kernels[:, 0, 0].numel() * kernels.element_size()
-    return slices(rows, max(1, BLOCK_BYTES // row_bytes))
+    return slices(rows, max(1, BLOCK_BYTES // (plane[:, :, 0].numel() * plane.element_size())))
