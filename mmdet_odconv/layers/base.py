@@ -1,5 +1,5 @@
 """What every dynamic convolution layer shares: geometry, bank, initialisation, forward."""
-from typing import Dict, Optional, Union
+from typing import Container, Dict, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -234,6 +234,23 @@ class DynamicConv2d(nn.Module):
             bias = attentions['kernel_attention'].to(self.bias.dtype) @ self.bias
             output = output + bias.to(output.dtype)[:, :, None, None]
         return output
+
+    def elementwise_madds(self, x: Tensor, output: Tensor, attentions: Container[str]
+                          ) -> Tuple[int, int]:
+        """Multiply-adds that the published formulation does outside of convolutions and products.
+
+        Args:
+            x, output: of a forward pass.
+            attentions: names of those that ``self.attention`` gave.
+
+        Returns:
+            Those of making the kernels, and those of scaling them, the input and the output.
+        """
+        kernels = len(x) * self.kernel_shape.numel()
+        sizes = dict(spatial_attention=kernels, channel_attention=x.numel(),
+                     filter_attention=output.numel())
+        mixing = (2 * self.kernel_num - 1) * kernels if 'kernel_attention' in attentions else 0
+        return mixing, sum(size for name, size in sizes.items() if name in attentions)
 
     def extra_repr(self) -> str:
         """Arguments that differ from their defaults, as nn.Conv2d prints them."""

@@ -3,7 +3,7 @@
 https://arxiv.org/abs/2503.18783
 """
 import math
-from typing import Dict, Optional
+from typing import Container, Dict, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -149,6 +149,17 @@ class FDConv2d(DynamicConv2d):
             output = F.conv2d(x, kernels.sum(0), None, *geometry, self.groups)
         return output if self.bias is None else output + self.bias.to(output.dtype)[:, None, None]
 
+    def elementwise_madds(self, x: Tensor, output: Tensor, attentions: Container[str]
+                          ) -> Tuple[int, int]:
+        elements, pixels = self.kernel_shape.numel(), x[0, 0].numel()
+        kernels = elements + _transform_madds(elements)
+        gates = len(attentions) - 1 + (self.KSM_Local is not None)
+        scaling = len(x) * gates * elements
+        if self.FBM is not None:
+            transforms = (BAND_NUM + 1) * _transform_madds(pixels)
+            scaling += len(x) * self.in_channels * (transforms + (BAND_NUM + 1) * pixels)
+        return len(x) * kernels, scaling
+
     def _apply(self, fn, *args, **kwargs):
         """Show ``fn`` the spectrum without axes that .to(memory_format=...) would reorder."""
         shape = self.dft_weight.shape
@@ -157,6 +168,11 @@ class FDConv2d(DynamicConv2d):
             return fn(tensor.flatten()).view(shape) if tensor.shape == shape else fn(tensor)
 
         return super()._apply(apply, *args, **kwargs)
+
+
+def _transform_madds(elements: int) -> int:
+    """Multiply-adds of a real fast Fourier transform, half of 5/2 n log2 n operations."""
+    return round(1.25 * elements * math.log2(elements))
 
 
 class FDAttention(ODAttention):

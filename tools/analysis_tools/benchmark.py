@@ -2,6 +2,7 @@
 
     python benchmark.py layer --channels 256 --size 26 42 --batch 2
     python benchmark.py backbone ODResNet --depth 50 --batch 1 2 --size 416 672
+    python benchmark.py backbone ODResNet --layer FDConv2d --layer-options fbm=False
     python benchmark.py model torchvision.models.resnet50 --include 'layer.*conv.'
     python benchmark.py detector faster-rcnn_od-r50-k4_fpn_1x_coco.py --size 416 672
     python benchmark.py --suite
@@ -31,17 +32,20 @@ except ImportError:
     os.environ.setdefault('MMDET_ODCONV_LAYERS_ONLY', '1')
 
 import torch
+from mmengine.config import DictAction
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from mmdet_odconv.layers import ODConv2d
+from mmdet_odconv import layers
 from mmdet_odconv.ops import force_plan
 
-SUITE = [(name, kernel_num, batch, size)
+SUITE = [(name, 'ODConv2d', {}, kernel_num, batch, size)
          for name in ('ODResNet', 'ODMobileNetV2')
          for kernel_num, batch, size in ((4, 1, (416, 672)), (4, 2, (416, 672)), (1, 1, (416, 672)),
                                          (1, 2, (416, 672)), (4, 16, (224, 224)))]
+SUITE += [('ODResNet', 'FDConv2d', options, 64, 2, (416, 672)) for options in (
+    {}, {'fbm': False}, {'fbm': False, 'local': False})]
 DTYPES = {'fp32': None, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 
 
@@ -159,22 +163,33 @@ def layer_case(args, batch, kernel_num):
     x = torch.randn(batch, args.channels, *args.size, device=args.device, requires_grad=True)
     arguments = (args.channels, args.out_channels or args.channels, args.kernel_size, args.stride,
                  args.kernel_size // 2, 1, args.groups, False)
-    label = f'{arguments[0]}->{arguments[1]} {args.kernel_size}x{args.kernel_size} k{kernel_num}'
-    return Case(describe(label, batch, args.size), nn.Conv2d(*arguments).to(args.device),
-                ODConv2d(*arguments, kernel_num=kernel_num).to(args.device), x, DTYPES[args.dtype])
+    conv_cfg = layer_config(args, kernel_num)
+    label = f'{arguments[0]}->{arguments[1]} {args.kernel_size}x{args.kernel_size}'
+    dynamic = getattr(layers, conv_cfg.pop('type'))(*arguments, **conv_cfg)
+    return Case(describe(label, batch, args.size, args, kernel_num),
+                nn.Conv2d(*arguments).to(args.device), dynamic.to(args.device), x,
+                DTYPES[args.dtype])
 
 
-def backbone_case(name, kernel_num, batch, size, device='cpu', dtype=None, depth=50, widen=1.0):
+def layer_config(args, kernel_num):
+    """``conv_cfg`` of --layer with its --layer-options."""
+    bank = {} if kernel_num is None else {'kernel_num': kernel_num}
+    return {'type': args.layer, **bank, **args.layer_options}
+
+
+def backbone_case(args, batch, kernel_num):
     import mmdet.models.backbones as static_backbones
 
     from mmdet_odconv import backbones
-    arguments = {'depth': depth} if 'ResN' in name else {'widen_factor': widen}
+    name, is_resnet = args.target, 'ResN' in args.target
+    arguments = {'depth': args.depth} if is_resnet else {'widen_factor': args.widen_factor}
     arguments['norm_eval'] = False
     static = getattr(static_backbones, name[len('OD'):])(**arguments)
-    dynamic = getattr(backbones, name)(kernel_num=kernel_num, **arguments)
-    x = torch.randn(batch, 3, *size, device=device)
-    label = f'{name[2:]}{depth if "ResN" in name else ""} k{kernel_num}'
-    return Case(describe(label, batch, size), static.to(device), dynamic.to(device), x, dtype)
+    dynamic = getattr(backbones, name)(conv_cfg=layer_config(args, kernel_num), **arguments)
+    x = torch.randn(batch, 3, *args.size, device=args.device)
+    label = f'{name[2:]}{args.depth if is_resnet else ""}'
+    return Case(describe(label, batch, args.size, args, kernel_num), static.to(args.device),
+                dynamic.to(args.device), x, DTYPES[args.dtype])
 
 
 def model_case(args, batch, kernel_num):
@@ -182,11 +197,11 @@ def model_case(args, batch, kernel_num):
     module, _, function = args.target.rpartition('.')
     build = getattr(importlib.import_module(module), function)
     static, dynamic = build(), build()
-    replaced = replace_convs(dynamic, args.include, dict(type='ODConv2d', kernel_num=kernel_num))
+    replaced = replace_convs(dynamic, args.include, layer_config(args, kernel_num))
     if not replaced:
         sys.exit(f'error: --include {args.include} matches no nn.Conv2d of {args.target}.')
     x = torch.randn(batch, 3, *args.size, device=args.device)
-    return Case(describe(f'{function} k{kernel_num}', batch, args.size), static.to(args.device),
+    return Case(describe(function, batch, args.size, args, kernel_num), static.to(args.device),
                 dynamic.to(args.device), x, DTYPES[args.dtype])
 
 
@@ -239,7 +254,11 @@ def make_static(config):
                 make_static(part)
 
 
-def describe(label, batch, size):
+def describe(label, batch, size, args=None, kernel_num=None):
+    if args is not None:
+        label += '' if args.layer == 'ODConv2d' else f' {args.layer[:-len("2d")]}'
+        label += '' if kernel_num is None else f' k{kernel_num}'
+        label += ''.join(f' {name}={value}' for name, value in args.layer_options.items())
     return f'{label}, {batch}x{size[0]}x{size[1]}'
 
 
@@ -253,8 +272,7 @@ def cases(args):
             if args.kind == 'layer':
                 yield layer_case(args, batch, kernel_num)
             elif args.kind == 'backbone':
-                yield backbone_case(args.target, kernel_num, batch, args.size, args.device,
-                                    DTYPES[args.dtype], args.depth, args.widen_factor)
+                yield backbone_case(args, batch, kernel_num)
             else:
                 yield model_case(args, batch, kernel_num)
 
@@ -267,15 +285,17 @@ def measure(args, modes, console):
 
 def suite(args):
     """Records of SUITE, each case in a process of its own: in a used heap the next is slower."""
-    for i, (name, kernel_num, batch, size) in enumerate(SUITE):
+    for i, (name, layer, layer_options, kernel_num, batch, size) in enumerate(SUITE):
         out = args.out / 'suite' / str(i)
-        options = dict(kernel_num=kernel_num, batch=batch, mode=args.mode, device=args.device,
-                       dtype=args.dtype, rounds=args.rounds, out=out)
+        options = dict(layer=layer, kernel_num=kernel_num, batch=batch, mode=args.mode,
+                       device=args.device, dtype=args.dtype, rounds=args.rounds, out=out)
         if args.threads:
             options['threads'] = args.threads
         command = [sys.executable, __file__, 'backbone', name, '--size', *map(str, size)]
         for option, value in options.items():
             command += [f'--{option.replace("_", "-")}', str(value)]
+        if layer_options:
+            command += ['--layer-options', *(f'{k}={v}' for k, v in layer_options.items())]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         print(f'{i + 1} of {len(SUITE)}', flush=True)
         yield from json.loads((out / 'benchmark.json').read_text())['records']
@@ -351,13 +371,19 @@ def parse_args():
     parser.add_argument('kind', nargs='?', choices=['layer', 'backbone', 'model', 'detector'])
     parser.add_argument('target', nargs='?', help='backbone class, model function or config')
     parser.add_argument('--suite', action='store_true',
-                        help='OD-ResNet-50 and OD-MobileNetV2 at COCO and ImageNet sizes')
+                        help='OD-ResNet-50 and OD-MobileNetV2 at COCO and ImageNet sizes, and '
+                        'ResNet-50 with FDConv')
     parser.add_argument('--mode', choices=['inference', 'training', 'both'], default='both')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--dtype', choices=DTYPES, default='fp32', help='of autocast')
     parser.add_argument('--batch', type=int, nargs='+', default=[2])
     parser.add_argument('--size', type=int, nargs=2, default=(416, 672), metavar=('H', 'W'))
-    parser.add_argument('--kernel-num', type=int, nargs='+', default=[4])
+    parser.add_argument('--layer', default='ODConv2d', help='the dynamic convolution', choices=[
+        name for name in layers.__all__ if name.endswith('2d') and name != 'DynamicConv2d'])
+    parser.add_argument('--layer-options', nargs='+', action=DictAction, default={},
+                        help='more of its arguments, such as fbm=False')
+    parser.add_argument('--kernel-num', type=int, nargs='+',
+                        help="4 of ODConv2d if not given, or another layer's own")
     parser.add_argument('--depth', type=int, default=50, help='of a ResNet')
     parser.add_argument('--widen-factor', type=float, default=1.0, help='of a MobileNet')
     parser.add_argument('--include', default='.*', help='names of convolutions made dynamic')
@@ -371,6 +397,8 @@ def parse_args():
     parser.add_argument('--out', type=Path, default=Path('work_dirs/benchmark'),
                         help='directory of benchmark.json and benchmark.png')
     args = parser.parse_args()
+    if args.kernel_num is None:
+        args.kernel_num = [4 if args.layer == 'ODConv2d' else None]
     if not args.suite and args.kind is None:
         parser.error('say what to measure: layer, backbone, model, detector or --suite')
     if args.kind in ('backbone', 'model', 'detector') and args.target is None:
