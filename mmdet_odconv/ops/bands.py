@@ -100,8 +100,7 @@ class BandModulation(torch.autograd.Function):
                     dg[i + 1] += along
                 q, p = rows[i], columns[i]
                 waves[:, :q.shape[1], :p.shape[1]] += q.mT @ ((dy * difference) @ p)
-            torch.matmul(rows[0] @ waves, columns[0].mT, out=dx)
-            dx.addcmul_(dy, g[0])
+            torch.mul(dy, g[0], out=dx).add_((rows[0] @ waves) @ columns[0].mT)
         return grad_input, grad_gates
 
 

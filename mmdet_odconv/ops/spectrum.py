@@ -82,12 +82,15 @@ def fourier_kernels(spectrum: Tensor,
         local_weight: L, (Cout * kh * kw, T).
 
     Returns:
-        (B, Cout, Cin / groups, kh, kw), in float64 if the spectrum is, else in float32.
+        (B, Cout, Cin / groups, kh, kw), B may be 0, in float64 if the spectrum is, else in float32.
     """
     wide = torch.float64 if spectrum.dtype == torch.float64 else torch.float32
     tensors = [None if t is None else t.to(wide) for t in (
         spectrum, kernel_attention, channel_logits, filter_logits, spatial_logits, local_features,
         local_weight)]
+    if len(kernel_attention) == 0:  # no image has a kernel, but all arguments stay in the graph
+        return tensors[1].new_zeros(0, *kernel_shape) + sum(
+            t.sum() for t in tensors if t is not None)
     arguments = (*tensors, frequency_groups, tuple(kernel_shape), groups)
     device = spectrum.device.type
     plain = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_published()
