@@ -279,6 +279,15 @@ def test_weights_of_another_bank_are_refused(cls):
         cls(8, 12, 3, kernel_num=2).load_state_dict(cls(8, 12, 3, kernel_num=3).state_dict())
 
 
+def test_weights_that_an_fdconv_has_no_place_for():
+    layer = FDConv2d(8, 12, 3)
+    for state, found in ((nn.Conv2d(8, 12, 3).state_dict(), 'one static kernel'),
+                         (ODConv2d(8, 12, 3).state_dict(), 'a bank of kernel_num=4'),
+                         (FDConv2d(8, 8, 3).state_dict(), 'a spectrum')):
+        with pytest.raises(InputError, match=f'has a spectrum of kernel_num=64.* holds {found}, '):
+            layer.load_state_dict(state)
+
+
 def test_set_temperature():
     model = nn.Sequential(*(cls(4, 4, 3) for cls in LAYERS), nn.Conv2d(4, 4, 3),
                           nn.Sequential(ODConv2d(4, 4, 1)))
