@@ -35,9 +35,9 @@ if not os.environ.get('MMDET_ODCONV_LAYERS_ONLY'):
 
     __all__ += [
         'CondConv2d', 'DCDConv2d', 'DyConv2d', 'DyMobileNetV2', 'DyMobileNetV3', 'DyResNet',
-        'FDConv2d', 'InputCheckHook', 'InputError', 'MobileNetV3', 'ODConv2d', 'ODMobileNetV2', 'ODResNeXt',
-        'ODResNet', 'ODResNetV1d', 'SEMobileNetV2', 'SEResNet', 'TemperatureAnnealingHook',
-        'dynamic_conv2d', 'set_temperature', 'to_dynamic'
+        'FDConv2d', 'InputCheckHook', 'InputError', 'MobileNetV3', 'ODConv2d', 'ODMobileNetV2',
+        'ODResNeXt', 'ODResNet', 'ODResNetV1d', 'SEMobileNetV2', 'SEResNet',
+        'TemperatureAnnealingHook', 'dynamic_conv2d', 'set_temperature', 'to_dynamic'
     ]
 
     allow_mmengine_checkpoints()

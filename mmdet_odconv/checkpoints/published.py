@@ -26,7 +26,8 @@ MOBILENET_V2_STAGES = [f'layer{stage}.{block}'
 # Heads and norms that only one layer's attention has.
 LAYERS = {
     'ODConv2d': 'attention.channel_fc.weight', 'DCDConv2d': 'attention.fusion_fc.weight',
-    'FDConv2d': 'KSM_Global.channel_fc.weight', 'DyConv2d': 'attention.fc.weight', 'CondConv2d': 'attention.kernel_fc.weight',
+    'FDConv2d': 'KSM_Global.channel_fc.weight', 'DyConv2d': 'attention.fc.weight',
+    'CondConv2d': 'attention.kernel_fc.weight',
 }
 
 

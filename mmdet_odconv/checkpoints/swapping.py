@@ -58,7 +58,8 @@ def swap_backbone(config: Config, kernel_num: Optional[int] = None,
 
     Raises:
         InputError: with the reason, if the backbone cannot be made dynamic, if there is no such
-            layer or it has no ``kernel_num``, or if the config starts from a whole static detector that ``init_cfg`` does not convert.
+            layer or it has no ``kernel_num``, or if the config starts from a whole static detector
+            that ``init_cfg`` does not convert.
     """
     init_default_scope(config.get('default_scope', 'mmdet'))
     conv_cfg = layer_config(layer, kernel_num)

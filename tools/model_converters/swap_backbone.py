@@ -3,9 +3,9 @@
     python swap_backbone.py CONFIG [--checkpoint static.pth] [--out dynamic.py]
 
 CONFIG is a file or mmdet::NAME. ResNet, ResNetV1d, ResNeXt and MobileNetV2 become ODResNet and so
-on, of ODConv or of another --layer; another backbone gets it by conv_cfg if it takes one. With --checkpoint, the static
-detector's weights are converted beside the config, which loads them; without, ImageNet weights
-that the config starts from are converted when training starts.
+on, of ODConv or of another --layer; another backbone gets it by conv_cfg if it takes one. With
+--checkpoint, the static detector's weights are converted beside the config, which loads them;
+without, ImageNet weights that the config starts from are converted when training starts.
 """
 import argparse
 import os
