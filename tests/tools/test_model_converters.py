@@ -125,7 +125,9 @@ def test_swap_a_backbone_and_its_checkpoint(root, convert, tmp_path, layer):
     load_checkpoint(models[1], config.load_from, strict=True)
     x = torch.randn(2, 3, 64, 64).double()
     static, dynamic = (model.double().extract_feat(x) for model in models)
-    torch.testing.assert_close(dynamic, static, rtol=1e-10, atol=1e-10)
+    # The file is in float32, in which halves of a bank are exact and a spectrum is not.
+    tolerance = 1e-10 if layer == 'ODConv2d' else 1e-6
+    torch.testing.assert_close(dynamic, static, rtol=100 * tolerance, atol=tolerance)
     # The same by the other tool, from the dynamic config.
     convert('static_to_dynamic', out, 'static.pth', tmp_path / 'again.pth')
     again = torch.load(tmp_path / 'again.pth', weights_only=True)['state_dict']
