@@ -31,14 +31,15 @@ if not os.environ.get('MMDET_ODCONV_LAYERS_ONLY'):
     from .deployment import allow_base_configs, config_path, fuse
     from .engine import InputCheckHook, TemperatureAnnealingHook
     from .errors import InputError
-    from .layers import CondConv2d, DCDConv2d, DyConv2d, ODConv2d, set_temperature
+    from .layers import CondConv2d, DCDConv2d, DyConv2d, FDConv2d, ODConv2d, set_temperature
     from .ops import dynamic_conv2d
 
     __all__ += [
         'CondConv2d', 'DCDConv2d', 'DyConv2d', 'DyMobileNetV2', 'DyMobileNetV3', 'DyResNet',
-        'InputCheckHook', 'InputError', 'MobileNetV3', 'ODConv2d', 'ODMobileNetV2', 'ODResNeXt',
-        'ODResNet', 'ODResNetV1d', 'SEMobileNetV2', 'SEResNet', 'TemperatureAnnealingHook',
-        'config_path', 'dynamic_conv2d', 'fuse', 'set_temperature', 'to_dynamic'
+        'FDConv2d', 'InputCheckHook', 'InputError', 'MobileNetV3', 'ODConv2d', 'ODMobileNetV2',
+        'ODResNeXt', 'ODResNet', 'ODResNetV1d', 'SEMobileNetV2', 'SEResNet',
+        'TemperatureAnnealingHook', 'config_path', 'dynamic_conv2d', 'fuse', 'set_temperature',
+        'to_dynamic'
     ]
 
     allow_base_configs()

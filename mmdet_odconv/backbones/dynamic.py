@@ -20,6 +20,8 @@ class DynamicBackbone:
             layer's arguments; the other convolutions stay static whatever it says.
         dynamic_convs: which convolutions are dynamic: a regular expression that their whole
             names match; the class's own where not given.
+        frozen_except: a regular expression of what stays trainable in frozen stages: parameters
+            in whose name it is found. ``'KSM|FBM'`` is what FDConv's release trains there.
 
     Raises:
         InputError: if ``dynamic_convs`` is no regular expression or matches no convolution.
@@ -28,6 +30,7 @@ class DynamicBackbone:
 
     dynamic_conv_cfg = dict(type='ODConv2d')
     dynamic_convs: str
+    frozen_except: Optional[str] = None
 
     def __init__(self,
                  *args,
@@ -35,8 +38,10 @@ class DynamicBackbone:
                  reduction: Optional[float] = None,
                  conv_cfg: Optional[dict] = None,
                  dynamic_convs: Optional[str] = None,
+                 frozen_except: Optional[str] = None,
                  **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        self.frozen_except = frozen_except
         given = dict(kernel_num=kernel_num, reduction=reduction)
         given = {name: value for name, value in given.items() if value is not None}
         pattern = self.dynamic_convs if dynamic_convs is None else dynamic_convs
@@ -52,3 +57,10 @@ class DynamicBackbone:
                              f'such as {self.dynamic_convs!r}.')
         read_published_names(self)
         self._freeze_stages()  # the backbone froze the convolutions that were here before
+
+    def _freeze_stages(self) -> None:
+        super()._freeze_stages()
+        if self.frozen_except is not None:
+            for name, parameter in self.named_parameters():
+                if re.search(self.frozen_except, name):
+                    parameter.requires_grad_(True)

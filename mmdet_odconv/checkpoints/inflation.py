@@ -115,7 +115,7 @@ def load_static(model: nn.Module, state: Mapping[str, Tensor], strict: bool = Fa
                          f'{kind}, the first {shapes[0][0]}, {shapes[0][1]} where {shapes[0][2]} '
                          'was expected: give weights of the same network.') from error
     missing = [name for name in result.missing_keys if not name.endswith('num_batches_tracked')]
-    without = [name for name in layers if f'{name}.weight' in missing]
+    without = [name for name, layer in layers.items() if f'{name}.{layer.bank_name}' in missing]
     if without:
         raise InputError(f'{len(without)} of the {len(layers)} dynamic layers of {kind} have no '
                          f'static counterpart: {few(without)}; give weights of the same network.')

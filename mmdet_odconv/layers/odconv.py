@@ -100,7 +100,18 @@ class ODAttention(nn.Module):
 
     def forward(self, average: Tensor, temperature: float) -> Dict[str, Tensor]:
         """Attentions of maps with this average, (B, Cin), as arguments of ``dynamic_conv2d``."""
-        hidden = F.relu(self._normalise(self.fc(average)))
+        logits, widths = self.logits(average, temperature)
+        attentions = dict(zip(widths, logits.sigmoid().split(list(widths.values()), 1)))
+        if self.spatial_fc is not None:
+            spatial = attentions['spatial_attention']
+            attentions['spatial_attention'] = spatial.reshape(-1, *self.kernel_size)
+        if self.kernel_fc is not None:
+            attentions['kernel_attention'] = logits[:, -self.kernel_fc.out_channels:].softmax(1)
+        return attentions
+
+    def logits(self, average: Tensor, temperature: float) -> Tuple[Tensor, Dict[str, int]]:
+        """Logits of all heads side by side, (B, sum of widths), and each head's width by name."""
+        hidden = self.activate(self._normalise(self.fc(average)))
         heads = {name: fc for name, fc in (
             ('channel_attention', self.channel_fc), ('filter_attention', self.filter_fc),
             ('spatial_attention', self.spatial_fc), ('kernel_attention', self.kernel_fc))
@@ -108,16 +119,12 @@ class ODAttention(nn.Module):
         # One product for all heads, and one sigmoid: on maps this small a launch is what costs.
         weights, biases = zip(*((fc.weight, fc.bias) for fc in heads.values()))
         logits = F.linear(hidden, torch.cat(weights).flatten(1), torch.cat(biases))
-        if temperature != 1:
-            logits = logits / temperature
-        widths = [len(bias) for bias in biases]
-        attentions = dict(zip(heads, logits.sigmoid().split(widths, 1)))
-        if 'spatial_attention' in heads:
-            spatial = attentions['spatial_attention']
-            attentions['spatial_attention'] = spatial.reshape(-1, *self.kernel_size)
-        if 'kernel_attention' in heads:
-            attentions['kernel_attention'] = logits[:, -widths[-1]:].softmax(1)
-        return attentions
+        return (logits if temperature == 1 else logits / temperature,
+                dict(zip(heads, map(len, biases))))
+
+    def activate(self, hidden: Tensor) -> Tensor:
+        """The hidden layer's activation."""
+        return F.relu(hidden)
 
     def _normalise(self, x: Tensor) -> Tensor:
         """Batch statistics of fewer than two pooled values do not exist: use the running ones."""

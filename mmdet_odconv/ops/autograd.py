@@ -1,13 +1,27 @@
 """Plans in autograd: what all their forward and backward passes share."""
-import contextlib
+import functools
 from types import ModuleType
-from typing import Optional, Tuple
+from typing import Callable, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from .convolution import convolve_images
 from .kernels import folded_kernels
+
+
+def as_in_forward(backward: Callable) -> Callable:
+    """A backward pass in the dtypes of its forward pass, wherever autocast is on by then."""
+
+    @functools.wraps(backward)
+    def run(ctx, grad):
+        device = grad.device.type
+        if device == 'meta' or not torch.is_autocast_enabled(device):
+            return backward(ctx, grad)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, grad)
+
+    return run
 
 
 class Planned(torch.autograd.Function):
@@ -29,21 +43,14 @@ class Planned(torch.autograd.Function):
         return torch.ops.aten._unsafe_view(output, output.shape)
 
     @staticmethod
+    @as_in_forward
     def backward(ctx, grad):
         needs = ctx.needs_input_grad[1:7]
-        with _without_autocast(grad.device.type):
-            if torch.is_grad_enabled():
-                grads = _differentiable_gradients(ctx, grad, needs)
-            else:
-                grads = ctx.plan.backward(grad, ctx.saved_tensors, needs, *ctx.geometry)
+        if torch.is_grad_enabled():
+            grads = _differentiable_gradients(ctx, grad, needs)
+        else:
+            grads = ctx.plan.backward(grad, ctx.saved_tensors, needs, *ctx.geometry)
         return (None, *grads, None, None, None, None)
-
-
-def _without_autocast(device: str):
-    """A backward pass has the dtypes of its forward pass, wherever autocast is on by now."""
-    if device == 'meta' or not torch.is_autocast_enabled(device):
-        return contextlib.nullcontext()
-    return torch.autocast(device, enabled=False)
 
 
 def _differentiable_gradients(ctx, grad: Tensor, needs) -> Tuple[Optional[Tensor], ...]:

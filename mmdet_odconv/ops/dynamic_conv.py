@@ -73,7 +73,7 @@ def dynamic_conv2d(input: Tensor,
         groups)
     if widths is not None:
         input = F.pad(input, widths)
-    plan = 'plain' if traced else _forced_plan.get() or choose_plan(
+    plan = 'plain' if traced else forced_plan() or choose_plan(
         input, weight, stride, padding, dilation, groups, *attentions)
     geometry = stride, padding, dilation, groups
     device = input.device.type
@@ -111,6 +111,11 @@ def _run(plan: str, *arguments) -> Tensor:
 
 def _needs_gradients(*tensors: Optional[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def forced_plan() -> Optional[str]:
+    """The plan of :func:`force_plan`, in this thread, or None."""
+    return _forced_plan.get()
 
 
 @contextlib.contextmanager

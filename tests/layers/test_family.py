@@ -15,16 +15,31 @@ from reference import randomised
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmdet_odconv import CondConv2d, DCDConv2d, DyConv2d, InputError, ODConv2d, set_temperature
+from mmdet_odconv import (
+    CondConv2d,
+    DCDConv2d,
+    DyConv2d,
+    FDConv2d,
+    InputError,
+    ODConv2d,
+    set_temperature,
+)
 from mmdet_odconv.ops import force_plan
 
-LAYERS = [ODConv2d, DyConv2d, CondConv2d, DCDConv2d]
+LAYERS = [ODConv2d, DyConv2d, CondConv2d, DCDConv2d, FDConv2d]
 BANKED = [ODConv2d, DyConv2d, CondConv2d]
 every_layer = pytest.mark.parametrize('cls', LAYERS)
 
 
 def has(cls, argument):
     return argument in inspect.signature(cls).parameters
+
+
+def static_kernels(layer):
+    """The kernels of its bank, or the one of its spectrum."""
+    if isinstance(layer, FDConv2d):
+        return reference.spectrum_kernel(layer)[None]
+    return layer.weight
 
 
 @st.composite
@@ -66,17 +81,17 @@ def test_registered_in_the_root_registry_and_built_by_mmcv(cls):
     assert MODELS.get(cls.__name__) is cls
     module = ConvModule(8, 12, 3, padding=1, norm_cfg=dict(type='BN'),
                         conv_cfg=dict(type=cls.__name__))
-    bank = module.conv.weight
-    assert bank.shape[1:] == (12, 8, 3, 3)
+    assert static_kernels(module.conv).shape[1:] == (12, 8, 3, 3)
     # mmcv's initialiser would take the bank's first axis for the output channels.
     module.init_weights()
-    assert bank.std().item() == pytest.approx((2 / (12 * 9))**0.5, rel=0.1)
+    assert static_kernels(module.conv).std().item() == pytest.approx((2 / (12 * 9))**0.5, rel=0.1)
     assert module(torch.randn(2, 8, 6, 6)).shape == (2, 12, 6, 6)
 
 
 @pytest.mark.parametrize(('cls', 'default'), [
     (ODConv2d, dict(kernel_num=4, reduction=1 / 16)), (CondConv2d, dict(kernel_num=8)),
-    (DyConv2d, dict(kernel_num=4, reduction=1 / 4)), (DCDConv2d, dict(reduction=1 / 16))])
+    (DyConv2d, dict(kernel_num=4, reduction=1 / 4)), (DCDConv2d, dict(reduction=1 / 16)),
+    (FDConv2d, dict(kernel_num=64, reduction=1 / 16, local=True, fbm=True))])
 def test_constructor_is_that_of_conv2d_and_the_papers_defaults(cls, default):
     conv, ours = (inspect.signature(c).parameters for c in (nn.Conv2d, cls))
     positional = [p for p in ours.values() if p.kind is not p.KEYWORD_ONLY]
@@ -171,7 +186,7 @@ def test_backward_under_autocast_of_a_float32_forward(cls, size, arguments):
         y = layer(x)
         with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
             y.square().sum().backward()
-        gradients.append(layer.weight.grad)
+        gradients.append(getattr(layer, layer.bank_name).grad)
     torch.testing.assert_close(*gradients)
 
 
@@ -204,7 +219,7 @@ def test_channels_last(cls):
 
 @pytest.mark.parametrize(('cls', 'arguments'), [
     (ODConv2d, dict(kernel_num=4)), (ODConv2d, dict(kernel_num=1)), (DyConv2d, {}),
-    (CondConv2d, {}), (DCDConv2d, {}), (DCDConv2d, dict(groups=8))])
+    (CondConv2d, {}), (DCDConv2d, {}), (DCDConv2d, dict(groups=8)), (FDConv2d, {})])
 @pytest.mark.parametrize('batch', [1, 2])
 def test_compiles_without_a_graph_break(cls, arguments, batch):
     layer = randomised(cls(8, 16, 3, **arguments)).train()
@@ -264,11 +279,20 @@ def test_weights_of_another_bank_are_refused(cls):
         cls(8, 12, 3, kernel_num=2).load_state_dict(cls(8, 12, 3, kernel_num=3).state_dict())
 
 
+def test_weights_that_an_fdconv_has_no_place_for():
+    layer = FDConv2d(8, 12, 3)
+    for state, found in ((nn.Conv2d(8, 12, 3).state_dict(), 'one static kernel'),
+                         (ODConv2d(8, 12, 3).state_dict(), 'a bank of kernel_num=4'),
+                         (FDConv2d(8, 8, 3).state_dict(), 'a spectrum')):
+        with pytest.raises(InputError, match=f'has a spectrum of kernel_num=64.* holds {found}, '):
+            layer.load_state_dict(state)
+
+
 def test_set_temperature():
     model = nn.Sequential(*(cls(4, 4, 3) for cls in LAYERS), nn.Conv2d(4, 4, 3),
                           nn.Sequential(ODConv2d(4, 4, 1)))
     set_temperature(model, 30)
-    assert [m.temperature for m in (*model[:4], model[-1][0])] == [30] * 5
+    assert [m.temperature for m in (*model[:len(LAYERS)], model[-1][0])] == [30] * (len(LAYERS) + 1)
     with pytest.raises(ValueError, match='temperature must be greater than 0, got -1'):
         set_temperature(model, -1)
 

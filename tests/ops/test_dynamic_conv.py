@@ -294,8 +294,8 @@ def test_plans_that_cannot_serve():
 
 def test_a_plan_is_forced_in_one_thread():
     with force_plan('blocked'), ThreadPoolExecutor(1) as threads:
-        assert threads.submit(dynamic_conv._forced_plan.get).result() is None
-        assert dynamic_conv._forced_plan.get() == 'blocked'
+        assert threads.submit(dynamic_conv.forced_plan).result() is None
+        assert dynamic_conv.forced_plan() == 'blocked'
 
 
 @pytest.mark.parametrize('size', [6, 1])

@@ -2,7 +2,7 @@
 
     python benchmark.py layer --channels 256 --size 26 42 --batch 2
     python benchmark.py backbone ODResNet --depth 50 --batch 1 2 --size 416 672
-    python benchmark.py backbone ODResNet --layer DCDConv2d
+    python benchmark.py backbone ODResNet --layer FDConv2d --layer-options fbm=False
     python benchmark.py model torchvision.models.resnet50 --include 'layer.*conv.'
     python benchmark.py detector faster-rcnn_od-r50-k4_fpn_1x_coco.py --mode iteration
     python benchmark.py --suite
@@ -38,11 +38,12 @@ except ImportError:
     os.environ.setdefault('MMDET_ODCONV_LAYERS_ONLY', '1')
 
 import torch
+from mmengine.config import DictAction
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from mmdet_odconv.layers import DCDConv2d, ODConv2d
+from mmdet_odconv import layers
 from mmdet_odconv.ops import force_plan
 from mmdet_odconv.ops.machine import describe as describe_machine
 
@@ -53,6 +54,9 @@ SUITE = [('backbone', name, '--kernel-num', n, '--batch', batch, '--size', *size
                                 (4, 16, IMAGENET))]
 SUITE += [('backbone', 'ODResNet', '--layer', layer, '--batch', 2, '--size', *COCO)
           for layer in ('DyConv2d', 'CondConv2d', 'DCDConv2d')]
+SUITE += [('backbone', 'ODResNet', '--layer', 'FDConv2d', '--batch', 2, '--size', *COCO, *options)
+          for options in ((), ('--layer-options', 'fbm=False'),
+                          ('--layer-options', 'fbm=False', 'local=False'))]
 DETECTORS = [('detector', f'faster-rcnn_{name}_fpn_1x_coco.py', '--batch', batch, '--size', *COCO)
              for name in ('od-r50-k4', 'od-r50-k1', 'od-mobilenet-v2-k4', 'od-mobilenet-v2-k1')
              for batch in (1, 2)]
@@ -73,7 +77,7 @@ class Case:
         self.step = step
         self.models = {'static': (static, None), 'grouped': (dynamic, 'grouped'),
                        'ours': (dynamic, None)}
-        if any(isinstance(module, DCDConv2d) for module in dynamic.modules()):
+        if any(isinstance(module, layers.DCDConv2d) for module in dynamic.modules()):
             del self.models['grouped']
 
     @contextlib.contextmanager
@@ -193,28 +197,33 @@ def layer_case(args, batch, kernel_num):
     x = torch.randn(batch, args.channels, *args.size, device=args.device, requires_grad=True)
     arguments = (args.channels, args.out_channels or args.channels, args.kernel_size, args.stride,
                  args.kernel_size // 2, 1, args.groups, False)
-    label = f'{arguments[0]}->{arguments[1]} {args.kernel_size}x{args.kernel_size} k{kernel_num}'
-    return Case(describe(label, batch, args.size), nn.Conv2d(*arguments).to(args.device),
-                ODConv2d(*arguments, kernel_num=kernel_num).to(args.device), x, DTYPES[args.dtype])
+    conv_cfg = layer_config(args, kernel_num)
+    label = f'{arguments[0]}->{arguments[1]} {args.kernel_size}x{args.kernel_size}'
+    dynamic = getattr(layers, conv_cfg.pop('type'))(*arguments, **conv_cfg)
+    return Case(describe(label, batch, args.size, args, kernel_num),
+                nn.Conv2d(*arguments).to(args.device), dynamic.to(args.device), x,
+                DTYPES[args.dtype])
 
 
-def backbone_case(name, kernel_num, batch, size, device='cpu', dtype=None, depth=50, widen=1.0,
-                  layer=None):
+def layer_config(args, kernel_num):
+    """``conv_cfg`` of --layer with its --layer-options."""
+    bank = {} if kernel_num is None else {'kernel_num': kernel_num}
+    return {'type': args.layer, **bank, **args.layer_options}
+
+
+def backbone_case(args, batch, kernel_num):
     import mmdet.models.backbones as static_backbones
 
     from mmdet_odconv import backbones
-    arguments = {'depth': depth} if 'ResN' in name else {'widen_factor': widen}
+    name, is_resnet = args.target, 'ResN' in args.target
+    arguments = {'depth': args.depth} if is_resnet else {'widen_factor': args.widen_factor}
     arguments['norm_eval'] = False
     static = getattr(static_backbones, name[len('OD'):])(**arguments)
-    label = f'{name[2:]}{depth if "ResN" in name else ""}'
-    if layer is None:
-        dynamic = getattr(backbones, name)(kernel_num=kernel_num, **arguments)
-        label += f' k{kernel_num}'
-    else:
-        dynamic = getattr(backbones, name)(conv_cfg=dict(type=layer), **arguments)
-        label += f' {layer}'
-    x = torch.randn(batch, 3, *size, device=device)
-    return Case(describe(label, batch, size), static.to(device), dynamic.to(device), x, dtype)
+    dynamic = getattr(backbones, name)(conv_cfg=layer_config(args, kernel_num), **arguments)
+    x = torch.randn(batch, 3, *args.size, device=args.device)
+    label = f'{name[2:]}{args.depth if is_resnet else ""}'
+    return Case(describe(label, batch, args.size, args, kernel_num), static.to(args.device),
+                dynamic.to(args.device), x, DTYPES[args.dtype])
 
 
 def model_case(args, batch, kernel_num):
@@ -222,11 +231,11 @@ def model_case(args, batch, kernel_num):
     module, _, function = args.target.rpartition('.')
     build = getattr(importlib.import_module(module), function)
     static, dynamic = build(), build()
-    replaced = replace_convs(dynamic, args.include, dict(type='ODConv2d', kernel_num=kernel_num))
+    replaced = replace_convs(dynamic, args.include, layer_config(args, kernel_num))
     if not replaced:
         sys.exit(f'error: --include {args.include} matches no nn.Conv2d of {args.target}.')
     x = torch.randn(batch, 3, *args.size, device=args.device)
-    return Case(describe(f'{function} k{kernel_num}', batch, args.size), static.to(args.device),
+    return Case(describe(function, batch, args.size, args, kernel_num), static.to(args.device),
                 dynamic.to(args.device), x, DTYPES[args.dtype])
 
 
@@ -285,7 +294,7 @@ def make_static(config):
 
     if DynamicBackbone in bases(config):
         config.type = bases(config)[bases(config).index(DynamicBackbone) + 1]
-        for argument in ('kernel_num', 'reduction'):
+        for argument in ('kernel_num', 'reduction', 'dynamic_convs', 'frozen_except'):
             config.pop(argument, None)
     for key, value in list(config.items()):
         if DynamicConv2d in bases(value):
@@ -296,7 +305,11 @@ def make_static(config):
                 make_static(part)
 
 
-def describe(label, batch, size):
+def describe(label, batch, size, args=None, kernel_num=None):
+    if args is not None:
+        label += '' if args.layer == 'ODConv2d' else f' {args.layer[:-len("2d")]}'
+        label += '' if kernel_num is None else f' k{kernel_num}'
+        label += ''.join(f' {name}={value}' for name, value in args.layer_options.items())
     return f'{label}, {batch}x{size[0]}x{size[1]}'
 
 
@@ -310,8 +323,7 @@ def cases(args):
             if args.kind == 'layer':
                 yield layer_case(args, batch, kernel_num)
             elif args.kind == 'backbone':
-                yield backbone_case(args.target, kernel_num, batch, args.size, args.device,
-                                    DTYPES[args.dtype], args.depth, args.widen_factor, args.layer)
+                yield backbone_case(args, batch, kernel_num)
             else:
                 yield model_case(args, batch, kernel_num)
 
@@ -439,8 +451,12 @@ def parse_args():
     parser.add_argument('--dtype', choices=DTYPES, default='fp32', help='of autocast')
     parser.add_argument('--batch', type=int, nargs='+', default=[2])
     parser.add_argument('--size', type=int, nargs=2, default=(416, 672), metavar=('H', 'W'))
-    parser.add_argument('--kernel-num', type=int, nargs='+', default=[4])
-    parser.add_argument('--layer', help='of a backbone, with its own defaults, e.g. DCDConv2d')
+    parser.add_argument('--layer', default='ODConv2d', help='the dynamic convolution', choices=[
+        name for name in layers.__all__ if name.endswith('2d') and name != 'DynamicConv2d'])
+    parser.add_argument('--layer-options', nargs='+', action=DictAction, default={},
+                        help='more of its arguments, such as fbm=False')
+    parser.add_argument('--kernel-num', type=int, nargs='+',
+                        help="4 of ODConv2d if not given, or another layer's own")
     parser.add_argument('--depth', type=int, default=50, help='of a ResNet')
     parser.add_argument('--widen-factor', type=float, default=1.0, help='of a MobileNet')
     parser.add_argument('--include', default='.*', help='names of convolutions made dynamic')
@@ -454,6 +470,8 @@ def parse_args():
     parser.add_argument('--out', type=Path, default=Path('work_dirs/benchmark'),
                         help='directory of benchmark.json and benchmark.png')
     args = parser.parse_args()
+    if args.kernel_num is None:
+        args.kernel_num = [4 if args.layer == 'ODConv2d' else None]
     if not args.suite and args.kind is None:
         parser.error('say what to measure: layer, backbone, model, detector or --suite')
     if args.kind in ('backbone', 'model', 'detector') and args.target is None:
