@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import runpy
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -12,9 +13,12 @@ from typing import Any, Dict, Iterator, Optional
 
 import mmdet
 from mmdet.datasets import CocoDataset
+from mmengine.dist import is_main_process
 from mmengine.registry import MODELS
 
-from ..errors import InputError
+from ..errors import DivergenceError, InputError
+from .distributed import prepare_cpu_processes
+from .resuming import interruption
 
 CONFIGS = Path(__file__).parents[1] / '.mim' / 'configs'
 # What reading another JSON, or none, as COCO raises.
@@ -34,14 +38,19 @@ def run_mmdet_tool(name: str) -> None:
             raise InputError(f"mmdet's {name} was found neither in {Path(mmdet.__file__).parent} "
                              'nor beside it: install mmdet from a wheel or a whole checkout.')
         _resolve_config(sys.argv)
+        prepare_cpu_processes(sys.argv)
         runpy.run_path(str(script), run_name='__main__')
 
 
 @contextlib.contextmanager
 def errors_explained() -> Iterator[None]:
-    """Exit with one sentence on a mistake that the user can mend."""
+    """Exit with one sentence on a mistake that the user can mend, or when interrupted."""
     try:
         yield
+    except KeyboardInterrupt:
+        if is_main_process():
+            print(interruption(resumes='--resume' in sys.argv), file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         sentence = explain(error)
         if sentence is None:
@@ -72,7 +81,7 @@ def find_config(name: str) -> Path:
 
 def explain(error: BaseException) -> Optional[str]:
     """One sentence for a mistake that the user can mend; None for anything else."""
-    if isinstance(error, InputError):
+    if isinstance(error, (InputError, DivergenceError)):
         return str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         path = _locals_of(error, 'put').get('filepath')  # MMEngine's LocalBackend
