@@ -13,7 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import InputError
 
-COMPRESSIONS = dict(bf16=default_hooks.bf16_compress_hook, fp16=default_hooks.fp16_compress_hook)
+
+def _bf16(group, bucket):
+    """torch's own, under a name that DistributedDataParallel does not keep for NCCL alone."""
+    return default_hooks.bf16_compress_hook(group, bucket)
+
+
+COMPRESSIONS = dict(bf16=_bf16, fp16=default_hooks.fp16_compress_hook)
 
 
 @HOOKS.register_module()

@@ -90,6 +90,9 @@ def explain(error: BaseException) -> Optional[str]:
         written = '' if path is None else f' while writing {path}, which was removed'
         return (f'No space was left on the disk{written}: free some and run again with --resume, '
                 'which continues from the last whole checkpoint.')
+    if isinstance(error, ValueError) and 'SyncBatchNorm layers only work' in str(error):
+        return ('The config synchronises BatchNorm (SyncBN), which torch does on GPUs alone: on '
+                'CPUs, run one process without --launcher, or choose another norm_cfg.')
     unknown = re.search(r'(\S+) is not in the \S+::(\S+) registry', str(error))
     layer = str(_locals_of(error, 'build_conv_layer').get('layer_type', ''))  # which mmcv omits
     known = _known_types()
