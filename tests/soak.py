@@ -86,18 +86,17 @@ def moments(work_dir: Path, duration: float, template: str):
     files = template.format('*')
     while True:
         end = time.monotonic() + random.uniform(0, duration)
-        yield 'anywhere', lambda: time.monotonic() > end
+        yield 'anywhere', lambda end=end: time.monotonic() > end
         delay = random.uniform(0, 0.01)
-        begun = []
 
-        def writing() -> bool:
+        def writing(begun=[], delay=delay) -> bool:  # noqa: B006
             if not begun and next(work_dir.glob(f'.{files}'), None):
                 begun.append(time.monotonic())
             return bool(begun) and time.monotonic() > begun[0] + delay
 
         yield 'writing', writing
         before = set(work_dir.glob(files))
-        yield 'naming', lambda: not before >= set(work_dir.glob(files))
+        yield 'naming', lambda before=before: not before >= set(work_dir.glob(files))
 
 
 def newest(work_dir: Path, template: str) -> int:
