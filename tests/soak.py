@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Callable, Optional
 
@@ -31,21 +32,21 @@ train_pipeline.insert(2, dict(type='RandomFlip', prob=0.5))
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 val_evaluator = dict(type='CocoMetric')
 '''
-EPOCHS = ['train_cfg.max_epochs=4']
-ITERATIONS = [
-    'train_cfg._delete_=True', 'train_cfg.type=IterBasedTrainLoop', 'train_cfg.max_iters=16',
-    'train_cfg.val_interval=8', 'train_dataloader.sampler.type=InfiniteSampler',
-    'default_hooks.checkpoint.by_epoch=False', 'default_hooks.checkpoint.interval=3'
-]
-KINDS = {
-    'epochs': ('epoch_{}.pth', EPOCHS),
-    'epochs, workers': ('epoch_{}.pth', [*EPOCHS, 'train_dataloader.num_workers=2',
-                                         'train_dataloader.persistent_workers=True']),
-    'iterations': ('iter_{}.pth', ITERATIONS),
+BY_EPOCH = 'train_cfg = dict(max_epochs=4)\n'
+BY_ITERATION = '''
+train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=16, val_interval=8)
+train_dataloader['sampler'] = dict(type='InfiniteSampler')
+default_hooks = dict(checkpoint=dict(by_epoch=False, interval=3))
+'''
+KINDS = {  # names of checkpoints, and what is added to the config
+    'epochs': ('epoch_{}.pth', BY_EPOCH),
+    'workers': ('epoch_{}.pth',
+                BY_EPOCH + 'train_dataloader.update(num_workers=2, persistent_workers=True)\n'),
+    'iterations': ('iter_{}.pth', BY_ITERATION),
 }
 
 
-def start(root: Path, work_dir: Path, options) -> int:
+def start(root: Path, work_dir: Path, kind: str) -> int:
     """Begin or resume a run in a fork, which spares it the imports; returns its process id."""
     pid = os.fork()
     if pid:
@@ -56,14 +57,17 @@ def start(root: Path, work_dir: Path, options) -> int:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.chdir(root)
-        sys.argv = ['train.py', 'soak.py', '--work-dir', str(work_dir), '--resume',
-                    '--cfg-options', *digits.TINY, 'train_dataloader.batch_size=2',
-                    'default_hooks.checkpoint.max_keep_ckpts=1', *options]
+        options = [option for option in digits.TINY if 'max_epochs' not in option]
+        sys.argv = ['train.py', f'{kind}.py', '--work-dir', str(work_dir), '--resume',
+                    '--cfg-options', *options, 'train_dataloader.batch_size=2']
         run_mmdet_tool('train.py')
         status = 0
     except SystemExit as error:
         print(error)
+    except BaseException:
+        traceback.print_exc()
     finally:
+        sys.stderr.flush()
         sys.stdout.flush()
         os._exit(status)
 
@@ -119,13 +123,13 @@ def trained(work_dir: Path, template: str) -> list:
 
 def soak(root: Path, minutes: float) -> int:
     console = Console()
-    (root / 'soak.py').write_text(CONFIG.format(base=find_config(digits.CONFIG)))
     digits.tool(root, 'dataset_converters/digits.py', 'data/digits', '--train', '8', '--val', '2',
                 '--size', '96')
     alone, durations = {}, {}
-    for kind, (template, options) in KINDS.items():
-        begun, work_dir = time.monotonic(), root / f'alone, {kind}'
-        if wait(start(root, work_dir, options), lambda: False) != 0:
+    for kind, (template, added) in KINDS.items():
+        (root / f'{kind}.py').write_text(CONFIG.format(base=find_config(digits.CONFIG)) + added)
+        begun, work_dir = time.monotonic(), root / f'alone-{kind}'
+        if wait(start(root, work_dir, kind), lambda: False) != 0:
             console.print(Path(f'{work_dir}.log').read_text()[-3000:])
             return 1
         durations[kind] = time.monotonic() - begun
@@ -135,14 +139,14 @@ def soak(root: Path, minutes: float) -> int:
     runs = lost = mismatched = 0
     while time.monotonic() < end:
         kind = random.choice(list(KINDS))
-        template, options = KINDS[kind]
-        work_dir = root / f'{runs}, {kind}'
+        template, _ = KINDS[kind]
+        work_dir = root / f'{runs}-{kind}'
         work_dir.mkdir()
         saved, status = 0, None
         moment = moments(work_dir, durations[kind], template)
         for left in reversed(range(random.randint(2, 8))):  # and then it may end
             name, is_time = next(moment) if left else ('end', lambda: False)
-            status = wait(start(root, work_dir, options), is_time)
+            status = wait(start(root, work_dir, kind), is_time)
             if status is not None:
                 break
             kills[name] += 1

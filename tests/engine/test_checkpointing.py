@@ -403,7 +403,8 @@ time.sleep(60)
 
 def test_the_lock_dies_with_its_owner(tmp_path):
     owner = subprocess.Popen([sys.executable, '-c', HOLDER, tmp_path], stdout=subprocess.PIPE,
-                             start_new_session=True, text=True)
+                             start_new_session=True, text=True,
+                             env={**os.environ, 'MMDET_ODCONV_LAYERS_ONLY': '1'})
     pid = owner.stdout.readline().strip()
     with pytest.raises(InputError, match=rf'in use by another run \(process {pid} on \S+\): wait'):
         lock_directory(tmp_path)
