@@ -1,4 +1,8 @@
 """Hooks, and the door through which mmdet's own scripts are called."""
+from .checkpointing import SafeCheckpointHook
+from .distributed import GradientCompressionHook
 from .hooks import InputCheckHook, TemperatureAnnealingHook
 
-__all__ = ['InputCheckHook', 'TemperatureAnnealingHook']
+__all__ = [
+    'GradientCompressionHook', 'InputCheckHook', 'SafeCheckpointHook', 'TemperatureAnnealingHook'
+]

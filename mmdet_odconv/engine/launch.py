@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import runpy
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -13,10 +14,13 @@ from typing import Any, Dict, Iterator, Optional
 import mmdet
 from mmcv.transforms import LoadImageFromFile
 from mmdet.datasets import CocoDataset
+from mmengine.dist import is_main_process
 from mmengine.registry import MODELS
 
-from ..errors import InputError
+from ..errors import DivergenceError, InputError
 from .data_check import check_annotations, unreadable
+from .distributed import prepare_cpu_processes
+from .resuming import interruption
 
 CONFIGS = Path(__file__).parents[1] / '.mim' / 'configs'
 # What reading another JSON, or none, as COCO raises.
@@ -36,14 +40,19 @@ def run_mmdet_tool(name: str) -> None:
             raise InputError(f"mmdet's {name} was found neither in {Path(mmdet.__file__).parent} "
                              'nor beside it: install mmdet from a wheel or a whole checkout.')
         _resolve_config(sys.argv)
+        prepare_cpu_processes(sys.argv)
         runpy.run_path(str(script), run_name='__main__')
 
 
 @contextlib.contextmanager
 def errors_explained() -> Iterator[None]:
-    """Exit with one sentence on a mistake that the user can mend."""
+    """Exit with one sentence on a mistake that the user can mend, or when interrupted."""
     try:
         yield
+    except KeyboardInterrupt:
+        if is_main_process():
+            print(interruption(resumes='--resume' in sys.argv), file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         sentence = explain(error)
         if sentence is None:
@@ -74,7 +83,7 @@ def find_config(name: str) -> Path:
 
 def explain(error: BaseException) -> Optional[str]:
     """One sentence for a mistake that the user can mend; None for anything else."""
-    if isinstance(error, InputError):
+    if isinstance(error, (InputError, DivergenceError)):
         return str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         path = _locals_of(error, 'put').get('filepath')  # MMEngine's LocalBackend
@@ -83,6 +92,9 @@ def explain(error: BaseException) -> Optional[str]:
         written = '' if path is None else f' while writing {path}, which was removed'
         return (f'No space was left on the disk{written}: free some and run again with --resume, '
                 'which continues from the last whole checkpoint.')
+    if isinstance(error, ValueError) and 'SyncBatchNorm layers only work' in str(error):
+        return ('The config synchronises BatchNorm (SyncBN), which torch does on GPUs alone: on '
+                'CPUs, run one process without --launcher, or choose another norm_cfg.')
     unknown = re.search(r'(\S+) is not in the \S+::(\S+) registry', str(error))
     layer = str(_locals_of(error, 'build_conv_layer').get('layer_type', ''))  # which mmcv omits
     known = _known_types()

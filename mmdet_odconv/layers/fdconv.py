@@ -54,6 +54,7 @@ class FDConv2d(DynamicConv2d):
     """
 
     bank_name = 'dft_weight'
+    filters = {}  # of a spectrum, no axis is Cout's alone
 
     def __init__(self,
                  in_channels: int,

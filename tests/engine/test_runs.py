@@ -112,38 +112,17 @@ def test_mask_rcnn_reports_both_maps(trained):
     assert 'coco/bbox_mAP: ' in result.stdout and 'coco/segm_mAP: ' in result.stdout
 
 
-def test_two_processes_train_with_no_unused_parameter(trained):
+@pytest.mark.skipif(torch.cuda.is_available(), reason='MMEngine launches on GPUs')
+def test_two_processes_train_on_cpus_with_no_unused_parameter(trained):
     root, _ = trained
-    script = root / 'ddp.py'
-    script.write_text(f'''
-import os
-import torch.distributed as dist
-import torch.multiprocessing as mp
-
-def main(rank):
-    os.environ['LOCAL_RANK'] = str(rank)
-    dist.init_process_group('gloo', init_method='file://{root}/store', rank=rank, world_size=2)
-    from mmdet_odconv.engine.launch import find_config
-    from mmengine.config import Config, DictAction
-    from mmengine.runner import Runner
-    cfg = Config.fromfile(find_config({digits.CONFIG!r}))
-    for option in {digits.TINY!r}:
-        key, _, value = option.partition('=')
-        cfg.merge_from_dict({{key: DictAction._parse_iterable(value)}})
-    cfg.launcher, cfg.work_dir, cfg.train_cfg.max_epochs = 'pytorch', 'ddp', 2
-    cfg.train_dataloader.batch_size = 2
-    # MMEngine's default names a CUDA device.
-    cfg.model_wrapper_cfg = dict(device_ids=None, find_unused_parameters=False)
-    runner = Runner.from_cfg(cfg)
-    assert type(runner.model).__name__ == 'MMDistributedDataParallel'
-    runner.train()
-
-if __name__ == '__main__':
-    mp.spawn(main, nprocs=2)
-''')
-    result = subprocess.run([sys.executable, str(script)], cwd=root, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
+         str(digits.ROOT / 'tools/train.py'), digits.CONFIG, '--work-dir', 'ddp', '--launcher',
+         'pytorch', '--cfg-options', *digits.TINY, 'train_cfg.max_epochs=2',
+         'train_dataloader.batch_size=2'], cwd=root, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert len(re.findall(r'Epoch\(train\) +\[\d\]\[1/1\]', result.stdout)) == 2
+    assert len(torch.load(root / 'ddp/epoch_2.pth')['random_states']) == 2
 
 
 @pytest.mark.parametrize(('options', 'message'), [
