@@ -42,7 +42,7 @@ def test_equals_reference_data(data, case, temperature, mode):
 
 def test_a_hosts_init_cfg_leaves_the_attention_as_released():
     from mmdet.models.necks import FPN  # its init_cfg is Xavier for every Conv2d
-    neck = FPN([64, 512], 64, 2, conv_cfg=dict(type='ODConv2d', kernel_num=2))
+    neck = FPN([64, 512], 64, 2, conv_cfg=dict(type='ODConv2d', kernel_num=2, init='he'))
     neck.init_weights()
     conv = neck.lateral_convs[1].conv
     assert conv.attention.fc.weight.std().item() == pytest.approx((2 / 32)**0.5, rel=0.05)
