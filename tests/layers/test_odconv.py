@@ -91,7 +91,7 @@ def test_one_image_per_device_uses_running_statistics_and_says_so_once():
     dict(type='GN'), dict(type='GN', num_groups=2), dict(type='LN'),
     dict(type='BN', momentum=0.01)])
 def test_other_norms_train_with_any_batch(norm_cfg):
-    layer = ODConv2d(8, 12, 3, norm_cfg=norm_cfg).train()
+    layer = ODConv2d(8, 12, 3, norm_cfg=norm_cfg, init='he').train()
     for batch in (1, 2):
         layer(torch.randn(batch, 8, 5, 5)).sum().backward()
     assert layer.attention.fc.weight.grad.abs().sum() > 0
