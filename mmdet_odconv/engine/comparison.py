@@ -105,6 +105,8 @@ def equal_budget(config: Config, iterations: int, seed: int, images: int,
     config.randomness = dict(seed=seed)
     config.resume = False
     config.log_processor.by_epoch = False
+    # Evaluations are logged at their iteration; by epoch, all of them would be at 0.
+    config.default_hooks.logger.log_metric_by_epoch = False
     config.default_hooks.checkpoint.update(
         by_epoch=False, interval=max(1, iterations // 4), max_keep_ckpts=1)
     for hook in config.get('custom_hooks', []):
