@@ -16,6 +16,7 @@ class DynamicBackbone:
         *args, **kwargs: those of the backbone that is extended.
         kernel_num: number of kernels in each bank; the layer's own default where not given.
         reduction: width of the attention relative to the layer's input channels, likewise.
+        init: how the attention's heads begin, 'zero' or 'he', likewise.
         conv_cfg: another dynamic layer, such as ``dict(type='CondConv2d')``, or more of the
             layer's arguments; the other convolutions stay static whatever it says.
         dynamic_convs: which convolutions are dynamic: a regular expression that their whole
@@ -36,13 +37,14 @@ class DynamicBackbone:
                  *args,
                  kernel_num: Optional[int] = None,
                  reduction: Optional[float] = None,
+                 init: Optional[str] = None,
                  conv_cfg: Optional[dict] = None,
                  dynamic_convs: Optional[str] = None,
                  frozen_except: Optional[str] = None,
                  **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.frozen_except = frozen_except
-        given = dict(kernel_num=kernel_num, reduction=reduction)
+        given = dict(kernel_num=kernel_num, reduction=reduction, init=init)
         given = {name: value for name, value in given.items() if value is not None}
         pattern = self.dynamic_convs if dynamic_convs is None else dynamic_convs
         try:

@@ -30,7 +30,8 @@ class DCDConv2d(DynamicConv2d):
     other groups each group's channels are fused, all by the same Phi.
 
     There is no bank: ``weight`` is W0, (1, Cout, Cin / groups, kh, kw), so that every layer of the
-    family stores its static kernels alike. Before training Lambda is 1 and Phi 0: the layer is W0.
+    family stores its static kernels alike. With heads at zero Lambda is 1 and Phi 0: the layer is
+    W0 before training.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
@@ -38,6 +39,7 @@ class DCDConv2d(DynamicConv2d):
         reduction: the attention's hidden width is max(int(Cin * reduction), 4); in (0, 1].
         temperature: divides the logits of Lambda, as in the other layers; > 0. The paper has
             none, which is 1.0.
+        init: how the heads begin, 'zero' or 'he': see :class:`DynamicConv2d`.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -59,9 +61,11 @@ class DCDConv2d(DynamicConv2d):
                  dtype=None,
                  *,
                  reduction: float = 1 / 16,
-                 temperature: float = 1.0) -> None:
+                 temperature: float = 1.0,
+                 init: str = 'zero') -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
-                         bias, padding_mode, device, dtype, kernel_num=1, temperature=temperature)
+                         bias, padding_mode, device, dtype, kernel_num=1, temperature=temperature,
+                         init=init)
         self.fuses_elements = groups == in_channels
         if self.fuses_elements:
             fused = math.prod(self.kernel_size)
@@ -71,8 +75,7 @@ class DCDConv2d(DynamicConv2d):
         self.p = nn.Parameter(torch.empty(out_channels, latent, device=device, dtype=dtype))
         self.q = nn.Parameter(torch.empty(fused, latent, device=device, dtype=dtype))
         hidden = hidden_channels(in_channels, reduction, MIN_HIDDEN_CHANNELS)
-        self.attention = DCDAttention(in_channels, out_channels, hidden, latent)
-        self.attention.to(device=device, dtype=dtype)
+        self._set_attention(DCDAttention(in_channels, out_channels, hidden, latent), device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -153,13 +156,11 @@ class DCDAttention(nn.Module):
         self.filter_fc = PooledLinear(hidden, out_channels)
         self.fusion_fc = PooledLinear(hidden, latent * latent)
         self.latent = latent
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Begin at Lambda = 1 and Phi = 0."""
+        """As when constructed, each of its layers by its own rule."""
         for module in self.children():
             module.reset_parameters()
-        self.reset_to_constant()
 
     def reset_to_constant(self) -> float:
         """Answer every input with Lambda = 1 and Phi = 0; return that Lambda."""

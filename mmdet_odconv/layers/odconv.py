@@ -31,6 +31,7 @@ class ODConv2d(DynamicConv2d):
         temperature: divides the attention logits; > 0, and 1.0 at inference.
         norm_cfg: normalisation inside the attention: dict(type='BN'), 'SyncBN', 'GN' or 'LN',
             with that layer's own arguments.
+        init: how the heads begin, 'zero' or 'he': see :class:`DynamicConv2d`.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -52,13 +53,13 @@ class ODConv2d(DynamicConv2d):
                  kernel_num: int = 4,
                  reduction: float = 1 / 16,
                  temperature: float = 1.0,
-                 norm_cfg: Optional[dict] = None) -> None:
+                 norm_cfg: Optional[dict] = None,
+                 init: str = 'zero') -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
                          bias, padding_mode, device, dtype, kernel_num=kernel_num,
-                         temperature=temperature)
-        self.attention = ODAttention(in_channels, out_channels, self.kernel_size, groups,
-                                     kernel_num, reduction, norm_cfg)
-        self.attention.to(device=device, dtype=dtype)
+                         temperature=temperature, init=init)
+        self._set_attention(ODAttention(in_channels, out_channels, self.kernel_size, groups, kernel_num,
+                                 reduction, norm_cfg), device, dtype)
 
 
 class ODAttention(nn.Module):

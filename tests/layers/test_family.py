@@ -3,6 +3,7 @@ import contextlib
 import copy
 import inspect
 import pickle
+import re
 import warnings
 
 import pytest
@@ -99,13 +100,14 @@ def test_constructor_is_that_of_conv2d_and_the_papers_defaults(cls, default):
         (p.name, p.default) for p in conv.values()]
     keywords = {name: p.default for name, p in ours.items() if name not in conv}
     keywords.pop('norm_cfg', None)
-    assert keywords == dict(temperature=1.0, **default)
+    assert keywords == dict(temperature=1.0, init='zero', **default)
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [
     (dict(kernel_num=0), 'kernel_num must be at least 1, got 0'),
     (dict(reduction=0), r'reduction must be in \(0, 1\], got 0'),
     (dict(reduction=1.5), r'reduction must be in \(0, 1\], got 1.5'),
+    (dict(init='xavier'), r"init must be one of \('zero', 'he'\), got 'xavier'"),
     (dict(temperature=0), 'temperature must be greater than 0, got 0'),
     (dict(temperature=float('nan')), 'temperature must be greater than 0, got nan'),
     (dict(groups=3), 'divisible by groups, got 8 and 12 with groups=3'),
@@ -387,8 +389,64 @@ def test_dcd_latent_widths_are_the_papers(arguments, p, q):
     assert (tuple(layer.p.shape), tuple(layer.q.shape)) == (p, q)
 
 
+@pytest.mark.parametrize('groups', [1, 2, 8])
+@every_layer
+def test_begins_with_the_same_kernel_for_all_images_and_learns_to_tell_them_apart(cls, groups):
+    layer = cls(8, 8, 3, padding=1, groups=groups).double()
+    x = torch.randn(3, 8, 7, 7).double() + torch.tensor([0.0, 1.0, 5.0])[:, None, None, None]
+    for begin in (lambda: None, layer.init_weights):
+        begin()
+        multiple = copy.deepcopy(layer.attention).reset_to_constant()
+        static = nn.functional.conv2d(x, multiple * layer.weight.mean(0), None, 1, 1, 1, groups)
+        torch.testing.assert_close(layer(x), static)
+        heads = [p for name, p in layer.attention.named_parameters() if re.search('._fc', name)]
+        assert heads and not any(p.any() for p in heads)
+        layer(x).square().sum().backward()
+        assert all(p.grad.any() for p in heads)
+        with torch.no_grad():
+            for p in heads:
+                p -= 1e-3 * p.grad
+        assert not torch.allclose(layer(x), static)
+
+
+def published(layer):
+    """The state that the releases give this layer, drawn afresh: bank first, attention after."""
+    state = copy.deepcopy(layer.state_dict())
+    for name, value in state.items():
+        if name == 'weight':
+            for kernel in value:
+                nn.init.kaiming_normal_(kernel, mode='fan_out', nonlinearity='relu')
+        elif name.startswith('attention') and value.dim() == 4:
+            nn.init.kaiming_normal_(value, mode='fan_out', nonlinearity='relu')
+        elif name.endswith('bias'):
+            value.zero_()
+    return state
+
+
+@pytest.mark.parametrize('groups', [1, 8])
+@pytest.mark.parametrize('cls', BANKED)
+def test_he_begins_as_published_to_the_last_bit(cls, groups):
+    torch.manual_seed(0)
+    layer = cls(8, 16, 3, groups=groups, init='he')
+    layer.init_weights()
+    torch.manual_seed(0)
+    for _ in range(2):  # by the constructor, and as MMEngine begins
+        drawn = published(layer)
+    assert all(torch.equal(value, drawn[name]) for name, value in layer.state_dict().items())
+    assert layer.attention.kernel_fc.weight.any()
+
+
+@every_layer
+def test_weights_compute_the_same_however_the_layer_began(cls):
+    zero, he = cls(8, 12, 3), cls(8, 12, 3, init='he')
+    he.load_state_dict(randomised(zero).state_dict())
+    x = torch.randn(2, 8, 6, 6)
+    for training in (False, True):
+        assert torch.equal(zero.train(training)(x), he.train(training)(x))
+
+
 def test_a_hotter_attention_is_more_uniform():
-    layer, average = DyConv2d(8, 12, 3), torch.randn(2, 8)
+    layer, average = DyConv2d(8, 12, 3, init='he'), torch.randn(2, 8)
     warm, hot = (layer.attention(average, t)['kernel_attention'] for t in (1, 1e4))
     torch.testing.assert_close(hot, torch.full((2, 4), 0.25), rtol=1e-2, atol=1e-3)
     assert (hot - 0.25).abs().max() < (warm - 0.25).abs().max()
