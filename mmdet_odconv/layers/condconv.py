@@ -46,4 +46,5 @@ class CondConv2d(DynamicConv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
                          bias, padding_mode, device, dtype, kernel_num=kernel_num,
                          temperature=temperature, init=init)
-        self._set_attention(KernelAttention(in_channels, kernel_num, None, 'sigmoid'), device, dtype)
+        attention = KernelAttention(in_channels, kernel_num, None, 'sigmoid')
+        self._set_attention(attention, device, dtype)

@@ -51,4 +51,5 @@ class DyConv2d(DynamicConv2d):
                          bias, padding_mode, device, dtype, kernel_num=kernel_num,
                          temperature=temperature, init=init)
         hidden = hidden_channels(in_channels, reduction, MIN_HIDDEN_CHANNELS)
-        self._set_attention(KernelAttention(in_channels, kernel_num, hidden, 'softmax'), device, dtype)
+        attention = KernelAttention(in_channels, kernel_num, hidden, 'softmax')
+        self._set_attention(attention, device, dtype)

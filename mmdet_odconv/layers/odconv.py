@@ -58,8 +58,8 @@ class ODConv2d(DynamicConv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
                          bias, padding_mode, device, dtype, kernel_num=kernel_num,
                          temperature=temperature, init=init)
-        self._set_attention(ODAttention(in_channels, out_channels, self.kernel_size, groups, kernel_num,
-                                 reduction, norm_cfg), device, dtype)
+        self._set_attention(ODAttention(in_channels, out_channels, self.kernel_size, groups,
+                                        kernel_num, reduction, norm_cfg), device, dtype)
 
 
 class ODAttention(nn.Module):
