@@ -199,11 +199,12 @@ def test_sharded_banks_train_and_are_read_back(two, alone):
 
 def test_gradients_in_16_bits_are_rounded_and_no_more(two, alone):
     start = make_model().state_dict()
-    moved = {name: alone[name] - start[name] for name, _ in Detector().named_parameters()}
-    for name, expected in moved.items():
-        found = two['compressed'][name] - start[name]
-        error = ((found - expected).norm() / expected.norm()).item()
-        assert 1e-6 < error < 2**-5, (name, error)  # the processes' parts may nearly cancel
+    names = [name for name, _ in Detector().named_parameters()]
+    # Of all parameters at once: a bias before a norm moves by rounding alone.
+    found, expected = (
+        torch.cat([(state[name] - start[name]).flatten() for name in names])
+        for state in (two['compressed'], alone))
+    assert 1e-6 < (found - expected).norm() / expected.norm() < 2**-7
 
 
 def test_bad_dtype():

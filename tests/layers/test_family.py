@@ -91,8 +91,10 @@ def test_registered_in_the_root_registry_and_built_by_mmcv(cls):
 
 
 @pytest.mark.parametrize(('cls', 'default'), [
-    (ODConv2d, dict(kernel_num=4, reduction=1 / 16)), (CondConv2d, dict(kernel_num=8)),
-    (DyConv2d, dict(kernel_num=4, reduction=1 / 4)), (DCDConv2d, dict(reduction=1 / 16)),
+    (ODConv2d, dict(kernel_num=4, reduction=1 / 16, init='zero')),
+    (CondConv2d, dict(kernel_num=8, init='zero')),
+    (DyConv2d, dict(kernel_num=4, reduction=1 / 4, init='zero')),
+    (DCDConv2d, dict(reduction=1 / 16, init='zero')),
     (FDConv2d, dict(kernel_num=64, reduction=1 / 16, local=True, fbm=True))])
 def test_constructor_is_that_of_conv2d_and_the_papers_defaults(cls, default):
     conv, ours = (inspect.signature(c).parameters for c in (nn.Conv2d, cls))
@@ -101,7 +103,7 @@ def test_constructor_is_that_of_conv2d_and_the_papers_defaults(cls, default):
         (p.name, p.default) for p in conv.values()]
     keywords = {name: p.default for name, p in ours.items() if name not in conv}
     keywords.pop('norm_cfg', None)
-    assert keywords == dict(temperature=1.0, init='zero', **default)
+    assert keywords == dict(temperature=1.0, **default)
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [
