@@ -19,6 +19,8 @@ if not os.environ.get('MMDET_ODCONV_LAYERS_ONLY'):
         DyMobileNetV2,
         DyMobileNetV3,
         DyResNet,
+        KWMobileNetV2,
+        KWResNet,
         MobileNetV3,
         ODMobileNetV2,
         ODResNet,
@@ -28,16 +30,17 @@ if not os.environ.get('MMDET_ODCONV_LAYERS_ONLY'):
         SEResNet,
     )
     from .checkpoints import allow_mmengine_checkpoints, to_dynamic
-    from .engine import InputCheckHook, TemperatureAnnealingHook
+    from .engine import InputCheckHook, TemperatureAnnealingHook, WarehouseWarmUpHook
     from .errors import InputError
     from .layers import CondConv2d, DCDConv2d, DyConv2d, ODConv2d, set_temperature
     from .ops import dynamic_conv2d
 
     __all__ += [
         'CondConv2d', 'DCDConv2d', 'DyConv2d', 'DyMobileNetV2', 'DyMobileNetV3', 'DyResNet',
-        'InputCheckHook', 'InputError', 'MobileNetV3', 'ODConv2d', 'ODMobileNetV2', 'ODResNeXt',
-        'ODResNet', 'ODResNetV1d', 'SEMobileNetV2', 'SEResNet', 'TemperatureAnnealingHook',
-        'dynamic_conv2d', 'set_temperature', 'to_dynamic'
+        'InputCheckHook', 'InputError', 'KWMobileNetV2', 'KWResNet', 'MobileNetV3', 'ODConv2d',
+        'ODMobileNetV2', 'ODResNeXt', 'ODResNet', 'ODResNetV1d', 'SEMobileNetV2', 'SEResNet',
+        'TemperatureAnnealingHook', 'WarehouseWarmUpHook', 'dynamic_conv2d', 'set_temperature',
+        'to_dynamic'
     ]
 
     allow_mmengine_checkpoints()

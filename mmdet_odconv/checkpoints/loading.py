@@ -5,6 +5,7 @@ saves beside the weights, so that stock MMDetection can read no checkpoint of it
 told exactly which classes those are; and whatever else a file holds is refused by one sentence,
 on MMEngine releases and forks alike that would fall back to unpickling everything.
 """
+import argparse
 import contextlib
 import functools
 import os
@@ -48,6 +49,7 @@ def _allow_classes() -> None:
     scalar = np.float64(1).__reduce__()[0]
     torch.serialization.add_safe_globals([
         *ATTRIBUTES, np.ndarray, np.dtype, reconstruct, scalar,
+        argparse.Namespace,  # the settings beside KernelWarehouse's weights: names and values alone
         *(type(np.dtype(kind)) for kind in (bool, np.int32, np.int64, np.float32, np.float64)),
         (_attribute, 'builtins.getattr')
     ])

@@ -2,7 +2,8 @@
 
 The ODConv release names ResNets as MMDetection does and MobileNetV2 as torchvision does, with
 ``module.`` before the names of its classifiers and ``backbone.`` before those of its detectors'
-backbones; the classifier stays in both.
+backbones; the classifier stays in both. The KernelWarehouse release does so too, without
+``module.``, and its classifiers' files hold their weights as ``model``.
 """
 import collections
 import re
@@ -25,7 +26,8 @@ MOBILENET_V2_STAGES = [f'layer{stage}.{block}'
 # Heads and norms that only one layer's attention has.
 LAYERS = {
     'ODConv2d': 'attention.channel_fc.weight', 'DCDConv2d': 'attention.fusion_fc.weight',
-    'DyConv2d': 'attention.fc.weight', 'CondConv2d': 'attention.kernel_fc.weight',
+    'KWConv2d': 'attention.fc2.weight', 'DyConv2d': 'attention.fc.weight',
+    'CondConv2d': 'attention.kernel_fc.weight',
 }
 
 
@@ -75,6 +77,14 @@ def convert_published(state: Mapping[str, Tensor]) -> Tuple[Dict[str, Tensor], L
     return converted, left_out
 
 
+def weights_of(checkpoint: Mapping) -> Mapping:
+    """The weights in what a file holds: under a name, or by themselves."""
+    for name in ('state_dict', 'model'):
+        if isinstance(checkpoint.get(name), Mapping):
+            return checkpoint[name]
+    return checkpoint
+
+
 def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> Dict[str, Tensor]:
     """``state`` with ``prefix`` taken off the names that begin with it."""
     return {name[len(prefix):] if name.startswith(prefix) else name: tensor
@@ -96,6 +106,7 @@ def _rename(backbone: nn.Module, state: Dict[str, Tensor], prefix: str, *_) -> N
               if name.startswith(prefix)}
     if not theirs:
         return
+    theirs = weights_of(theirs)
     total = len(theirs)
     theirs = strip_prefix(theirs, 'module.')
     left_out = {}
@@ -109,7 +120,9 @@ def _rename(backbone: nn.Module, state: Dict[str, Tensor], prefix: str, *_) -> N
     own = backbone.state_dict()
     _check_architecture(type(backbone).__name__, own, ours)
     _check_shapes(own, ours)
-    unknown = [name for name in ours if name not in own]
+    taken = {f'{name}.weight' for name, module in backbone.named_modules()
+             if getattr(module, 'takes_static', False)}
+    unknown = [name for name in ours if name not in own and name not in taken]
     if len(unknown) == len(ours):
         raise InputError(f'The checkpoint has none of the weights of {type(backbone).__name__}, '
                          f'its {total} tensors are {few(list(theirs))}: give weights of the same '
@@ -151,22 +164,28 @@ def _check_shapes(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Non
     """Raised, because MMEngine only logs what torch would collect, and trains on."""
     # What is given for a bank is for its layer to check: it may take a static kernel.
     layers = tuple(name[:-len('weight')] for name, tensor in given.items() if name in own
-                   and own[name].dim() == 5 and own[name].shape != tensor.shape)
+                   and name.endswith('.weight') and own[name].dim() == 5
+                   and own[name].shape != tensor.shape)
     for name, tensor in given.items():
         expected = own.get(name, tensor)
         if expected.shape != tensor.shape and not name.startswith(layers):
-            hint = ', one with the same dynamic_convs' if tensor.dim() == 5 else ''
+            hint = ''
+            if name.startswith('warehouse_manager.'):
+                hint = ', of the same budget'
+            elif tensor.dim() == 5:
+                hint = ', one with the same dynamic_convs'
             raise InputError(
                 f'{name} of the checkpoint has the shape {tuple(tensor.shape)}, where '
                 f'{tuple(expected.shape)} was expected: give weights of the same network{hint}.')
 
 
 def check_released(weights: Mapping[str, Tensor]) -> None:
-    """InputError unless ``weights``, under MMDetection's names, are of an ODConv network."""
+    """InputError unless ``weights``, under MMDetection's names, are of a network of a release."""
     found = architecture(strip_prefix(weights, 'backbone.'))
-    if 'family' not in found or found.get('layer') != 'ODConv2d':
+    if 'family' not in found or found.get('layer') not in ('ODConv2d', 'KWConv2d'):
         raise InputError(f'The file holds {few(list(weights))}, where a ResNet or MobileNetV2 with '
-                         'ODConv was expected: give a file of the ODConv release.')
+                         'ODConv was expected: give a file of the ODConv release, or of '
+                         "KernelWarehouse's.")
 
 
 def architecture(state: Mapping[str, Tensor]) -> Dict[str, object]:
@@ -175,17 +194,23 @@ def architecture(state: Mapping[str, Tensor]) -> Dict[str, object]:
     The size of the bank is left to each layer's own check.
     """
     found: Dict[str, object] = {}
-    if 'layer1.0.conv1.weight' in state:
+
+    def has(conv: str) -> bool:
+        # A kernel that is mixed from a warehouse is there by its attention alone.
+        return f'{conv}.weight' in state or f'{conv}.attention.fc2.weight' in state
+
+    if has('layer1.0.conv1'):
         found['family'] = 'ResNet'
-        bottleneck = 'layer1.0.conv3.weight' in state
+        bottleneck = has('layer1.0.conv3')
         of_stage = collections.Counter(stage for stage, _ in {
             tuple(name.split('.')[:2]) for name in state if name.startswith('layer')})
         blocks = tuple(of_stage[stage] for stage in sorted(of_stage))
         depths = [str(depth) for (of_depth, kind), depth in RESNET_BLOCKS.items()
                   if kind == bottleneck and of_depth[:len(blocks)] == blocks]
         found['depth'] = ' or '.join(depths) or f'of {blocks} blocks'
-        found['width'] = state['layer1.0.conv1.weight'].shape[-4]
-    elif 'layer1.0.depthwise_conv.conv.weight' in state:
+        if 'layer1.0.conv1.weight' in state:
+            found['width'] = state['layer1.0.conv1.weight'].shape[-4]
+    elif has('layer1.0.depthwise_conv.conv'):
         found['family'] = 'MobileNetV2'
         last = state.get('layer7.0.linear_conv.conv.weight')
         if last is not None:

@@ -1,4 +1,4 @@
 """Hooks, and the door through which mmdet's own scripts are called."""
-from .hooks import InputCheckHook, TemperatureAnnealingHook
+from .hooks import InputCheckHook, TemperatureAnnealingHook, WarehouseWarmUpHook
 
-__all__ = ['InputCheckHook', 'TemperatureAnnealingHook']
+__all__ = ['InputCheckHook', 'TemperatureAnnealingHook', 'WarehouseWarmUpHook']

@@ -1,5 +1,5 @@
 """What every dynamic convolution layer shares: geometry, bank, initialisation, forward."""
-from typing import Dict, Optional, Union
+from typing import Callable, Dict, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -75,14 +75,18 @@ class DynamicConv2d(nn.Module):
         self._pad_widths = conv._reversed_padding_repeated_twice
         self.kernel_num = kernel_num
         self.temperature = temperature
-        self.weight = nn.Parameter(
-            torch.empty(kernel_num, *conv.weight.shape, device=device, dtype=dtype))
+        self.create_weight(conv.weight.shape, device, dtype)
         if bias:
             shape = (kernel_num, out_channels) if self.mixes_bias else (out_channels,)
             self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         else:
             self.register_parameter('bias', None)
         self.reset_parameters()
+
+    def create_weight(self, kernel_shape: torch.Size, device, dtype) -> None:
+        """Register ``weight``, the bank; ``kernel_shape`` is (Cout, Cin / groups, kh, kw)."""
+        self.weight = nn.Parameter(
+            torch.empty(self.kernel_num, *kernel_shape, device=device, dtype=dtype))
 
     @property
     def temperature(self) -> float:
@@ -149,14 +153,7 @@ class DynamicConv2d(nn.Module):
             self.bias.copy_(bias / multiple if self.mixes_bias else bias)
 
     def _apply(self, fn, *args, **kwargs):
-        """Show ``fn`` the bank as one 4-D kernel: .to(memory_format=channels_last) knows no 5-D."""
-
-        def apply(tensor: Tensor) -> Tensor:
-            if tensor.dim() != 5:
-                return fn(tensor)
-            return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
-
-        return super()._apply(apply, *args, **kwargs)
+        return super()._apply(on_banks(fn), *args, **kwargs)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         weight = state_dict.get(prefix + 'weight')
@@ -177,7 +174,7 @@ class DynamicConv2d(nn.Module):
     def _inflate_from(self, state_dict: Dict[str, Tensor], prefix: str) -> None:
         """Put the whole layer, inflated from a static kernel, in the place of that kernel."""
         weight, name = state_dict[prefix + 'weight'], prefix[:-1] or type(self).__name__
-        if weight.dim() == self.weight.dim():
+        if weight.dim() != 4:
             raise InputError(f'{name} of the weights holds a bank of {len(weight)} kernels, where '
                              'a static kernel was expected: load what is dynamic already as it is.')
         try:
@@ -218,6 +215,17 @@ class DynamicConv2d(nn.Module):
             if getattr(self, name) != default:
                 text += f', {name}={getattr(self, name)!r}'
         return text if self.bias is not None else text + ', bias=False'
+
+
+def on_banks(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``fn``, shown a bank as one 4-D kernel: .to(memory_format=channels_last) knows no 5-D."""
+
+    def apply(tensor: Tensor) -> Tensor:
+        if tensor.dim() != 5:
+            return fn(tensor)
+        return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
+
+    return apply
 
 
 def set_temperature(model: nn.Module, value: float) -> None:
