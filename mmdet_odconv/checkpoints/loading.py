@@ -5,7 +5,6 @@ saves beside the weights, so that stock MMDetection can read no checkpoint of it
 told exactly which classes those are; and whatever else a file holds is refused by one sentence,
 on MMEngine releases and forks alike that would fall back to unpickling everything.
 """
-import argparse
 import contextlib
 import functools
 import os
@@ -49,10 +48,16 @@ def _allow_classes() -> None:
     scalar = np.float64(1).__reduce__()[0]
     torch.serialization.add_safe_globals([
         *ATTRIBUTES, np.ndarray, np.dtype, reconstruct, scalar,
-        argparse.Namespace,  # the settings beside KernelWarehouse's weights: names and values alone
         *(type(np.dtype(kind)) for kind in (bool, np.int32, np.int64, np.float32, np.float64)),
-        (_attribute, 'builtins.getattr')
+        (_attribute, 'builtins.getattr'), (_Skipped, 'argparse.Namespace')
     ])
+
+
+class _Skipped:
+    """Stands for the settings that KernelWarehouse's files hold beside weights, and keeps none."""
+
+    def __setstate__(self, state) -> None:
+        pass
 
 
 def _attribute(owner, name: str):

@@ -13,6 +13,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..layers import DynamicConv2d
 
 CLASSIFIERS = ('fc', 'classifier')
 RESNET_BLOCKS = {
@@ -120,9 +121,10 @@ def _rename(backbone: nn.Module, state: Dict[str, Tensor], prefix: str, *_) -> N
     own = backbone.state_dict()
     _check_architecture(type(backbone).__name__, own, ours)
     _check_shapes(own, ours)
-    taken = {f'{name}.weight' for name, module in backbone.named_modules()
-             if getattr(module, 'takes_static', False)}
-    unknown = [name for name in ours if name not in own and name not in taken]
+    # What is given for a dynamic layer is for it to check: it may take a static kernel.
+    layers = {name for name, module in backbone.named_modules()
+              if isinstance(module, DynamicConv2d)}
+    unknown = [name for name in ours if name not in own and name.rpartition('.')[0] not in layers]
     if len(unknown) == len(ours):
         raise InputError(f'The checkpoint has none of the weights of {type(backbone).__name__}, '
                          f'its {total} tensors are {few(list(theirs))}: give weights of the same '
@@ -194,32 +196,35 @@ def architecture(state: Mapping[str, Tensor]) -> Dict[str, object]:
     The size of the bank is left to each layer's own check.
     """
     found: Dict[str, object] = {}
-
-    def has(conv: str) -> bool:
-        # A kernel that is mixed from a warehouse is there by its attention alone.
-        return f'{conv}.weight' in state or f'{conv}.attention.fc2.weight' in state
-
-    if has('layer1.0.conv1'):
+    if any(name.startswith('layer1.0.conv1.') for name in state):
         found['family'] = 'ResNet'
-        bottleneck = has('layer1.0.conv3')
+        bottleneck = any(name.startswith('layer1.0.conv3.') for name in state)
         of_stage = collections.Counter(stage for stage, _ in {
             tuple(name.split('.')[:2]) for name in state if name.startswith('layer')})
         blocks = tuple(of_stage[stage] for stage in sorted(of_stage))
         depths = [str(depth) for (of_depth, kind), depth in RESNET_BLOCKS.items()
                   if kind == bottleneck and of_depth[:len(blocks)] == blocks]
         found['depth'] = ' or '.join(depths) or f'of {blocks} blocks'
-        if 'layer1.0.conv1.weight' in state:
-            found['width'] = state['layer1.0.conv1.weight'].shape[-4]
-    elif has('layer1.0.depthwise_conv.conv'):
+        width = _out_channels(state, 'layer1.0.conv1', 'layer1.0.bn1')
+        if width is not None:
+            found['width'] = width
+    elif any(name.startswith('layer1.0.depthwise_conv.conv.') for name in state):
         found['family'] = 'MobileNetV2'
-        last = state.get('layer7.0.linear_conv.conv.weight')
-        if last is not None:
-            found['widen_factor'] = round(last.shape[-4] / 320, 2)
+        width = _out_channels(state, 'layer7.0.linear_conv.conv', 'layer7.0.linear_conv.bn')
+        if width is not None:
+            found['widen_factor'] = round(width / 320, 2)
     layer = next((layer for layer, head in LAYERS.items()
                   if any(name.endswith(f'.{head}') for name in state)), None)
     if layer is not None:
         found['layer'] = layer
     return found
+
+
+def _out_channels(state: Mapping[str, Tensor], conv: str, norm: str) -> Optional[int]:
+    """Of a convolution, or of the norm behind one that stores no kernels."""
+    if f'{conv}.weight' in state:
+        return state[f'{conv}.weight'].shape[-4]
+    return len(state[f'{norm}.weight']) if f'{norm}.weight' in state else None
 
 
 def few(names: List[str]) -> str:

@@ -1,5 +1,5 @@
 """What every dynamic convolution layer shares: geometry, bank, initialisation, forward."""
-from typing import Callable, Dict, Optional, Union
+from typing import Callable, Container, Dict, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,9 @@ class DynamicConv2d(nn.Module):
 
     A subclass sets ``self.attention``, a module that maps the input's global average, (B, Cin),
     and the temperature to the attentions that :func:`~mmdet_odconv.ops.dynamic_conv2d` takes; and
-    ``mixes_bias`` where the paper mixes the bias, too, from a bank, (n, Cout).
+    ``mixes_bias`` where the paper mixes the bias, too, from a bank, (n, Cout). One whose kernels
+    are no mixture of a bank names what they are made from, ``bank_name``, and overrides
+    ``make_bank``, ``reset_parameters``, ``fill_bank`` and ``convolve``.
 
     It is deliberately no subclass of :class:`torch.nn.Conv2d`: code that initialises, fuses or
     quantises by that class would misread the 5-D bank.
@@ -37,6 +39,7 @@ class DynamicConv2d(nn.Module):
     transposed = False
     output_padding = (0, 0)
 
+    bank_name = 'weight'  # of the parameter that kernels are made from
     mixes_bias = False
     takes_static = False  # whether a static kernel in a state dict is inflated, or refused
 
@@ -75,18 +78,14 @@ class DynamicConv2d(nn.Module):
         self._pad_widths = conv._reversed_padding_repeated_twice
         self.kernel_num = kernel_num
         self.temperature = temperature
-        self.create_weight(conv.weight.shape, device, dtype)
+        self.kernel_shape = conv.weight.shape
+        self.make_bank(device, dtype)
         if bias:
             shape = (kernel_num, out_channels) if self.mixes_bias else (out_channels,)
             self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         else:
             self.register_parameter('bias', None)
         self.reset_parameters()
-
-    def create_weight(self, kernel_shape: torch.Size, device, dtype) -> None:
-        """Register ``weight``, the bank; ``kernel_shape`` is (Cout, Cin / groups, kh, kw)."""
-        self.weight = nn.Parameter(
-            torch.empty(self.kernel_num, *kernel_shape, device=device, dtype=dtype))
 
     @property
     def temperature(self) -> float:
@@ -98,6 +97,11 @@ class DynamicConv2d(nn.Module):
         if not value > 0:
             raise ValueError(f'temperature must be greater than 0, got {value}')
         self._temperature = float(value)
+
+    def make_bank(self, device, dtype) -> None:
+        """Register what kernels are made from, here a bank, (n, Cout, Cin/g, kh, kw)."""
+        self.weight = nn.Parameter(
+            torch.empty(self.kernel_num, *self.kernel_shape, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
         """Initialise each kernel of the bank as a static convolution would be."""
@@ -129,14 +133,22 @@ class DynamicConv2d(nn.Module):
         Raises:
             ValueError: on other shapes, or a bias that the layer has no place for.
         """
-        if kernel.shape != self.weight.shape[1:]:
-            raise ValueError(f'expected a static kernel of shape {tuple(self.weight.shape[1:])}, '
+        if kernel.shape != self.kernel_shape:
+            raise ValueError(f'expected a static kernel of shape {tuple(self.kernel_shape)}, '
                              f'got {tuple(kernel.shape)}')
         if bias is not None and (self.bias is None or bias.shape != (self.out_channels,)):
             raise ValueError(f'{type(self).__name__} with bias={self.bias is not None} and '
                              f'{self.out_channels} output channels got a static bias of shape '
                              f'{tuple(bias.shape)}')
         multiple = self.attention.reset_to_constant()
+        self.fill_bank(kernel, multiple)
+        if self.bias is not None:
+            self.bias.zero_()
+        if bias is not None:
+            self.bias.copy_(bias / multiple if self.mixes_bias else bias)
+
+    def fill_bank(self, kernel: Tensor, multiple: float) -> None:
+        """Make ``kernel`` what an attention mixes that answers the mean, times ``multiple``."""
         kernel = kernel.to(self.weight)
         noise = PERTURBATION * torch.randn_like(self.weight[:self.kernel_num // 2])
         # Between one and two times the static weight, so that both subtractions are exact.
@@ -147,34 +159,36 @@ class DynamicConv2d(nn.Module):
         if self.kernel_num % 2:
             bank = torch.cat([bank, kernel[None]])
         self.weight.copy_(bank / multiple)
-        if self.bias is not None:
-            self.bias.zero_()
-        if bias is not None:
-            self.bias.copy_(bias / multiple if self.mixes_bias else bias)
 
     def _apply(self, fn, *args, **kwargs):
         return super()._apply(on_banks(fn), *args, **kwargs)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        weight = state_dict.get(prefix + 'weight')
-        if weight is not None and self.takes_static:
-            self._inflate_from(state_dict, prefix)
-        elif weight is not None and weight.shape != self.weight.shape:
-            found = (f'a bank of kernel_num={len(weight)}, {tuple(weight.shape)}'
-                     if weight.dim() == 5 else f'one static kernel, {tuple(weight.shape)}')
+        name = prefix[:-1] or type(self).__name__
+        given = {key: state_dict[prefix + key] for key in {'weight', self.bank_name}
+                 if prefix + key in state_dict}
+        if 'weight' in given and self.takes_static:
+            self._inflate_from(state_dict, prefix, name)
+            given = {}
+        own = getattr(self, self.bank_name)
+        for key, tensor in given.items():
+            if key == self.bank_name and tensor.shape == own.shape:
+                continue
+            found = ('a spectrum' if key != 'weight' else 'one static kernel'
+                     if tensor.dim() == 4 else f'a bank of kernel_num={len(tensor)}')
             # Raised, because MMEngine only logs what torch would collect, and trains on.
             raise InputError(
-                f'{prefix[:-1] or type(self).__name__} has a bank of '
-                f'kernel_num={self.kernel_num}, {tuple(self.weight.shape)}, but the checkpoint '
-                f'holds {found}: give weights of the same dynamic network, convert static ones '
-                "(init_cfg=dict(type='StaticPretrained', checkpoint=...)), or give none "
-                '(init_cfg=None, frozen_stages=-1) to train from scratch.')
+                f'{name} has a {"bank" if self.bank_name == "weight" else "spectrum"} of '
+                f'kernel_num={self.kernel_num}, {tuple(own.shape)}, but the checkpoint '
+                f'holds {found}, {tuple(tensor.shape)}: give weights of the same dynamic network, '
+                "convert static ones (init_cfg=dict(type='StaticPretrained', checkpoint=...)), or "
+                'give none (init_cfg=None, frozen_stages=-1) to train from scratch.')
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _inflate_from(self, state_dict: Dict[str, Tensor], prefix: str) -> None:
+    def _inflate_from(self, state_dict: Dict[str, Tensor], prefix: str, name: str) -> None:
         """Put the whole layer, inflated from a static kernel, in the place of that kernel."""
-        weight, name = state_dict[prefix + 'weight'], prefix[:-1] or type(self).__name__
-        if weight.dim() != 4:
+        weight = state_dict.pop(prefix + 'weight')
+        if weight.dim() == 5:
             raise InputError(f'{name} of the weights holds a bank of {len(weight)} kernels, where '
                              'a static kernel was expected: load what is dynamic already as it is.')
         try:
@@ -189,12 +203,21 @@ class DynamicConv2d(nn.Module):
             raise ValueError(f'{type(self).__name__} expects an input of shape '
                              f'(B, {self.in_channels}, H, W), got {tuple(x.shape)}')
         x, average = with_average(x)
-        attentions: Dict[str, Tensor] = self.attention(average, self.temperature)
+        attentions = self.attend(average)
+        x = self.modulate(x)
         padding = self.padding
         if self.padding_mode != 'zeros':
             x = F.pad(x, self._pad_widths, mode=self.padding_mode)
             padding = 0
         return self.convolve(x, padding, **attentions)
+
+    def attend(self, average: Tensor) -> Dict[str, Tensor]:
+        """Arguments of :meth:`convolve` for inputs with this average, (B, Cin)."""
+        return self.attention(average, self.temperature)
+
+    def modulate(self, x: Tensor) -> Tensor:
+        """What is convolved in the place of x, (B, Cin, H, W), before it is padded."""
+        return x
 
     def convolve(self, x: Tensor, padding, **attentions: Tensor) -> Tensor:
         """Convolve x, which needs zero padding at most, with the kernels of its attentions."""
@@ -204,6 +227,23 @@ class DynamicConv2d(nn.Module):
             bias = attentions['kernel_attention'].to(self.bias.dtype) @ self.bias
             output = output + bias.to(output.dtype)[:, :, None, None]
         return output
+
+    def elementwise_madds(self, x: Tensor, output: Tensor, attentions: Container[str]
+                          ) -> Tuple[int, int]:
+        """Multiply-adds that the published formulation does outside of convolutions and products.
+
+        Args:
+            x, output: of a forward pass.
+            attentions: names of those that ``self.attention`` gave.
+
+        Returns:
+            Those of making the kernels, and those of scaling them, the input and the output.
+        """
+        kernels = len(x) * self.kernel_shape.numel()
+        sizes = dict(spatial_attention=kernels, channel_attention=x.numel(),
+                     filter_attention=output.numel())
+        mixing = (2 * self.kernel_num - 1) * kernels if 'kernel_attention' in attentions else 0
+        return mixing, sum(size for name, size in sizes.items() if name in attentions)
 
     def extra_repr(self) -> str:
         """Arguments that differ from their defaults, as nn.Conv2d prints them."""

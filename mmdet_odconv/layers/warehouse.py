@@ -162,16 +162,14 @@ class KWConv2d(DynamicConv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
                          bias, padding_mode, device, dtype, kernel_num=1)
         self.warehouse = warehouse
-        self.kernel_shape = (out_channels, in_channels // groups, *self.kernel_size)
         count = mixture_count(self.kernel_shape, warehouse.cells.shape[1:])
         self.own, beta = warehouse.assign(count)
-        self.register_buffer('beta', beta.to(device=device, dtype=dtype), persistent=False)
-        self.attention = CellAttention(in_channels, beta.shape, self.own, reduction, basis_ratio,
+        self.attention = CellAttention(in_channels, beta, self.own, reduction, basis_ratio,
                                        norm_cfg)
         self.attention.to(device=device, dtype=dtype)
         self.reset_parameters()
 
-    def create_weight(self, kernel_shape: torch.Size, device, dtype) -> None:
+    def make_bank(self, device, dtype) -> None:
         self.register_parameter('weight', None)  # it is in the warehouse
 
     def reset_parameters(self) -> None:
@@ -182,7 +180,6 @@ class KWConv2d(DynamicConv2d):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    @torch.no_grad()
     def inflate(self, kernel: Tensor, bias: Optional[Tensor] = None) -> None:
         """Compute what a static convolution computes, on every input, and learn from there.
 
@@ -190,29 +187,21 @@ class KWConv2d(DynamicConv2d):
         kernel's. The other cells of a budget above 1 stay as they are.
 
         Args:
-            kernel: (Cout, Cin/g, kh, kw).
-            bias: (Cout,); ``None`` for zero.
+            kernel, bias: see :meth:`DynamicConv2d.inflate`.
 
         Raises:
-            ValueError: on other shapes, a bias that the layer has no place for, or a budget below
-                1, whose cells are fewer than the kernels'.
+            ValueError: also for a budget below 1, whose cells are fewer than the kernels'.
         """
-        budget, cells = self.warehouse.budget, self.warehouse.cells
-        if budget < 1:
-            raise ValueError(f'a warehouse of budget {budget:g} has fewer cells than the static '
-                             'kernels it would have to equal: take a budget of 1x or more')
-        if kernel.shape != self.kernel_shape:
-            raise ValueError(f'expected a static kernel of shape {self.kernel_shape}, got '
-                             f'{tuple(kernel.shape)}')
-        if bias is not None and (self.bias is None or bias.shape != self.bias.shape):
-            raise ValueError(f'{type(self).__name__} with bias={self.bias is not None} and '
-                             f'{self.out_channels} output channels got a static bias of shape '
-                             f'{tuple(bias.shape)}')
-        self.attention.reset_to(self.beta)
+        if self.warehouse.budget < 1:
+            raise ValueError(f'a warehouse of budget {self.warehouse.budget:g} has fewer cells than '
+                             'the static kernels that it would have to equal: take a budget of 1x '
+                             'or more, which has as many')
+        super().inflate(kernel, bias)
+
+    def fill_bank(self, kernel: Tensor, multiple: float) -> None:
+        cells = self.warehouse.cells
         static = split_into_cells(kernel.to(cells), cells.shape[1:])
-        cells[self.own][::int(budget)] = static * (1 + EPSILON)
-        if self.bias is not None:
-            self.bias.copy_(torch.zeros_like(self.bias) if bias is None else bias)
+        cells[self.own][::int(self.warehouse.budget)] = static / multiple
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         if prefix + 'weight' in state_dict and not self.takes_static:
@@ -224,12 +213,9 @@ class KWConv2d(DynamicConv2d):
                 'give none (init_cfg=None, frozen_stages=-1) to train from scratch.')
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _inflate_from(self, state_dict: Dict[str, Tensor], prefix: str) -> None:
-        super()._inflate_from(state_dict, prefix)
-        del state_dict[prefix + 'weight']
-
     def convolve(self, x: Tensor, padding, *, cell_attention: Tensor) -> Tensor:
-        attention = cell_attention + self.warehouse.manager.tau * (self.beta - cell_attention)
+        beta, tau = self.attention.beta, self.warehouse.manager.tau
+        attention = cell_attention + tau * (beta - cell_attention)
         kernels = mix_cells(attention, self.warehouse.cells, self.kernel_shape)
         if len(x) == 0:  # no image has a kernel, yet all parameters stay in the graph
             output = F.conv2d(x, kernels.sum(0), None, self.stride, padding, self.dilation,
@@ -242,7 +228,7 @@ class KWConv2d(DynamicConv2d):
         """As of the other layers, with what it takes from its warehouse in the place of a bank."""
         cells = self.warehouse.cells
         return super().extra_repr().replace(
-            f'kernel_num={self.kernel_num}', f'mixtures={len(self.beta)}, warehouse='
+            f'kernel_num={self.kernel_num}', f'mixtures={len(self.attention.beta)}, warehouse='
             f'{self.warehouse.index}, cells={len(cells)}x{tuple(cells.shape[1:3])}')
 
 
@@ -254,12 +240,13 @@ class CellAttention(nn.Module):
     basis, fc2 answers for the layer's own cells alone and fc3 maps a few values more to the others.
     """
 
-    def __init__(self, in_channels: int, shape: Tuple[int, int], own: slice, reduction: float,
+    def __init__(self, in_channels: int, beta: Tensor, own: slice, reduction: float,
                  basis_ratio: float, norm_cfg: Optional[dict]) -> None:
         super().__init__()
-        hidden = hidden_channels(in_channels, reduction, MIN_HIDDEN_CHANNELS)
-        self.mixtures, cells = shape
+        self.register_buffer('beta', beta, persistent=False)
+        self.mixtures, cells = beta.shape
         self.own = own
+        hidden = hidden_channels(in_channels, reduction, MIN_HIDDEN_CHANNELS)
         self.fc1 = MatrixLinear(in_channels, hidden, bias=False)
         self.norm1 = build_pooled_norm(norm_cfg or dict(type='BN'), hidden)
         count = own.stop - own.start
@@ -279,10 +266,12 @@ class CellAttention(nn.Module):
         if self.fc3 is not None:
             nn.init.zeros_(self.basis_bias)
 
-    def reset_to(self, beta: Tensor) -> None:
-        """Answer every input with beta / (1 + epsilon), (m, n); not where there is a basis."""
+    def reset_to_constant(self) -> float:
+        """Answer every input with beta, times what is returned."""
         self.fc2.reset_to_zero()
-        self.fc2.bias.view(self.mixtures, -1)[:, :-1] = beta
+        bias = self.fc2.bias if self.fc3 is None else self.basis_bias
+        bias.detach().view(self.mixtures, -1)[:, :-1] = self.beta
+        return 1 / (1 + EPSILON)
 
     def forward(self, average: Tensor, temperature: float) -> Dict[str, Tensor]:
         """Attention (B, m, n) of maps with this average, (B, Cin); it has no temperature."""

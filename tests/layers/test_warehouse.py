@@ -53,7 +53,7 @@ def networks(draw):
     randomised(model).train(draw(st.booleans()))
     model[-1].tau.copy_(tau)
     for layer in model[:-1]:  # not a parameter
-        layer.beta.copy_(layer.beta.abs() > 1)
+        layer.attention.beta.copy_(layer.attention.beta.abs() > 1)
     which = draw(st.integers(0, len(layers) - 1))
     x = torch.randn(draw(small), layers[which][0], *(draw(st.integers(5, 8)) for _ in range(2)),
                     dtype=torch.float64)
@@ -81,15 +81,15 @@ def test_layers_take_their_cells_in_turn(budget, own, beta):
     first, second, manager = network((4, 4, (2, 2)), (4, 4, (2, 1)), budget=budget)
     assert [(layer.own.start, layer.own.stop) for layer in (first, second)] == own
     assert manager.weights[0].shape == (6 * budget, 4, 4, 1, 1)
-    assert first.beta.argmax(1).tolist() == beta
-    assert first.beta.sum(1).tolist() == [1] * 4 and (second.beta[:, :own[0][1]] == 0).all()
+    assert first.attention.beta.argmax(1).tolist() == beta
+    assert first.attention.beta.sum(1).tolist() == [1] * 4 and (second.attention.beta[:, :own[0][1]] == 0).all()
 
 
 def test_below_one_some_mixtures_begin_as_the_cell_of_zeros():
     layer, manager = network((8, 8, 1), budget=0.5)
     # Cells of 4 x 4: four mixtures of two cells. i mod 2 == (i // 2) mod 2 holds for 0 and 3.
     assert manager.weights[0].shape == (2, 4, 4, 1, 1)
-    assert layer.beta.tolist() == [[1, 0], [0, 0], [0, 0], [0, 1]]
+    assert layer.attention.beta.tolist() == [[1, 0], [0, 0], [0, 0], [0, 1]]
     set_warm_up(manager, 1)
     kernel = manager.weights[0].detach()
     expected = torch.zeros(8, 8)
