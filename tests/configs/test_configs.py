@@ -21,6 +21,7 @@ NAMES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob('[a-z]*/*
 DETECTORS = [name for name in NAMES
              if not name.startswith('imagenet/') and name != 'quickstart/od-r18-k1_digits.py']
 FAMILY = [name for name in NAMES if name.startswith(('condconv/', 'dcd/', 'dyconv/', 'se/'))]
+WAREHOUSE = [name for name in NAMES if name.startswith('kw/')]
 ODCONV = [name for name in NAMES if name.startswith('odconv/')]
 
 
@@ -95,7 +96,7 @@ def test_trains_with_no_parameter_left_out_and_predicts(name):
     total.backward()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert [n for n, p in trained.items() if p.grad is None] == []
-    dynamic = [p.grad for n, p in trained.items() if re.search(r'attention\.\w*fc\.weight', n)]
+    dynamic = [p.grad for n, p in trained.items() if re.search(r'attention\.\w*fc\d?\.weight', n)]
     assert bool(dynamic) == is_dynamic and all(grad.isfinite().all() for grad in dynamic)
     model.eval()
     with torch.no_grad():
@@ -148,3 +149,26 @@ def test_schedule_is_the_published_one(name):
     if 'mobilenet-v2' in name:
         assert backbone.out_indices == (1, 2, 4, 7)
         assert config.model.neck.in_channels == [24, 32, 96, 1280]
+
+
+@pytest.mark.parametrize('name', WAREHOUSE)
+def test_warehouses_train_by_the_protocol_of_their_release(name):
+    config = Config.fromfile(CONFIGS / name)
+    assert config.train_cfg.max_epochs == 12 and config.train_dataloader.batch_size == 2
+    optimizer = config.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', 1e-4, 0.05)
+    assert config.param_scheduler[-1].milestones == [8, 11]
+    backbone = config.model.backbone
+    assert backbone.frozen_stages == 1 and backbone.norm_eval is True
+    assert any(step['type'] == 'RandomChoice' for step in config.train_dataloader.dataset.pipeline)
+
+
+@pytest.mark.parametrize(('name', 'more'), [
+    ('kw/mask-rcnn_kw-r50_fpn_adamw-ms-1x_coco.py', 2.5),
+    ('kw/mask-rcnn_kw-r50-4x_fpn_adamw-ms-1x_coco.py', 76.5)])
+def test_warehouses_add_the_published_parameters(name, more):
+    static = '_base_/mask-rcnn_adamw-ms_1x.py'
+    with torch.device('meta'):
+        counts = [sum(p.numel() for p in MODELS.build(Config.fromfile(CONFIGS / path).model)
+                      .parameters()) / 1e6 for path in (name, static)]
+    assert round(counts[0] - counts[1], 1) == more

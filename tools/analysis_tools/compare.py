@@ -4,7 +4,7 @@
 
 Each config is a path or the bare name of one of the plugin's; data, iterations, optimiser and
 schedule are equal, whatever a config says of them: a linear warm-up, a constant rate and, in the
-second half, a cosine. Where a config anneals the temperature, it does so over the first third.
+second half, a cosine. Where a config anneals its attention, it does so over the first third.
 
 A run that is finished is not run again and an interrupted one is resumed, so the same command
 goes on after a break, and with more configs or seeds it runs only what is new. A failed run is
@@ -66,7 +66,7 @@ def equal_budget(config, iterations, seed):
     config.default_hooks.checkpoint.update(
         by_epoch=False, interval=max(1, iterations // 4), max_keep_ckpts=1)
     for hook in config.get('custom_hooks', []):
-        if hook['type'] == 'TemperatureAnnealingHook':
+        if hook['type'] in ('TemperatureAnnealingHook', 'WarehouseWarmUpHook'):
             images = len(json.loads(annotations.read_text())['images'])
             epoch = -(-images // config.train_dataloader.batch_size)
             hook['end_epoch'] = iterations / epoch / 3
@@ -155,7 +155,7 @@ def markdown(rows, args, threads):
 def draw(rows, path):
     """mAP against MAdds, a colour for each family and a panel for each static backbone."""
     families = {'od': '#1f6fd6', 'dy': '#c2410c', 'cond': '#7c3aed', 'dcd': '#0f766e',
-                'se': '#b45309'}
+                'kw': '#be185d', 'se': '#b45309'}
     panels = {}
     for row in rows:
         family, _, rest = short_name(row).partition('-')

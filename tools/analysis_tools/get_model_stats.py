@@ -12,6 +12,9 @@ multiplications and additions that its published formulation (ODConv, eq. 3) doe
     scaling  the input by the channel attention, the output by the filter attention, the kernel
              by the spatial attention
 
+Other layers have their own, such as FDConv's Fourier transforms: see their elementwise_madds().
+Products in which a layer makes its kernels, as KernelWarehouse's of attention and cells, are mixing.
+
 'activations' is the memory that a training step's forward pass keeps for its backward pass.
 """
 import argparse
@@ -87,7 +90,7 @@ def model_stats(model, forward):
     elementwise, handles = {}, []
     for name, layer in model.named_modules():
         if isinstance(layer, DynamicConv2d):
-            counter = ElementwiseCounter()
+            counter = ElementwiseCounter(layer)
             elementwise[name] = counter
             handles += [layer.attention.register_forward_hook(counter.see_attentions),
                         layer.register_forward_hook(counter.see_convolution)]
@@ -100,14 +103,19 @@ def model_stats(model, forward):
     parts = {}
     for part, module in model.named_children():
         found = total(counts, f'Root.model.{part}')
-        madds = dict.fromkeys(KINDS, 0)
+        madds, products = dict.fromkeys(KINDS, 0), 0
         madds['convolution'] = found.get('aten.convolution', 0)
         for name, counter in elementwise.items():
             if name == part or name.startswith(f'{part}.'):
                 madds['mixing'] += counter.mixing
                 madds['scaling'] += counter.scaling
-                madds['attention'] += sum(counts.get(f'Root.model.{name}.attention', {}).values())
-        madds['other'] = sum(found.values()) - madds['convolution'] - madds['attention']
+                attention = counts.get(f'Root.model.{name}.{counter.attention_name}', {})
+                madds['attention'] += sum(attention.values())
+                own = total(counts, f'Root.model.{name}')
+                products += sum(own.values()) - own['aten.convolution'] - sum(attention.values())
+        madds['mixing'] += products
+        madds['other'] = (
+            sum(found.values()) - madds['convolution'] - madds['attention'] - products)
         parts[part] = {'params': sum(p.numel() for p in module.parameters()), **madds}
     return {
         'params': sum(p.numel() for p in model.parameters()),
@@ -143,16 +151,17 @@ class ElementwiseCounter:
 
     mixing = scaling = 0
 
+    def __init__(self, layer):
+        self.attention_name = next(name for name, module in layer.named_children()
+                                   if module is layer.attention)
+
     def see_attentions(self, attention, inputs, attentions):
         self.attentions = set(attentions)
 
     def see_convolution(self, layer, inputs, output):
-        kernels = len(output) * layer.weight[0].numel()
-        if 'kernel_attention' in self.attentions:
-            self.mixing += (2 * len(layer.weight) - 1) * kernels
-        sizes = dict(spatial_attention=kernels, channel_attention=inputs[0].numel(),
-                     filter_attention=output.numel())
-        self.scaling += sum(sizes[name] for name in self.attentions & set(sizes))
+        mixing, scaling = layer.elementwise_madds(inputs[0], output, self.attentions)
+        self.mixing += mixing
+        self.scaling += scaling
 
 
 def main():
