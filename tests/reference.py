@@ -119,7 +119,7 @@ def warehouse_kernels(layer, x):
                 for o in range(0, out_channels, co):
                     for c in range(0, group_channels, ci):
                         total = sum(z[b, i, p].abs() for p in range(n + 1)) + 1e-3
-                        cell = sum(((1 - tau) * z[b, i, j] / total + tau * layer.attention.beta[i, j])
+                        cell = sum(((1 - tau) * z[b, i, j] / total + tau * attention.beta[i, j])
                                    * cells[j, :, :, 0, 0] for j in range(n))
                         patch = torch.zeros_like(kernel)
                         patch[o:o + co, c:c + ci, y, w] = 1

@@ -39,8 +39,9 @@ class WarehouseManager(nn.Module):
     def add(self, kernel_shapes: Sequence[torch.Size], budget: float = 1) -> 'Warehouse':
         """A new warehouse for convolutions with kernels of these shapes.
 
-        Its cells are as large as divides all kernels, co x ci x 1 x 1, and half that each way (where
-        it is even) for a ``budget`` below 1; they are ``budget`` times as many as the kernels have.
+        Its cells are as large as divides all kernels, co x ci x 1 x 1, and half that each way
+        (where it is even) for a ``budget`` below 1; they are ``budget`` times as many as the
+        kernels have.
 
         Args:
             kernel_shapes: (Cout, Cin / groups, kh, kw) of each, in the order in which the layers
@@ -84,8 +85,8 @@ class Warehouse:
     def assign(self, count: int) -> Tuple[slice, Tensor]:
         """The next layer's own cells, and beta, (count, n): the cell that each mixture begins as.
 
-        For a budget of b >= 1 each mixture begins as the first of b cells; below 1, one in r = 1 / b
-        mixtures has a cell, and the others begin as zeros.
+        For a budget of b >= 1 each mixture begins as the first of b cells; below 1, one in
+        r = 1 / b mixtures has a cell, and the others begin as zeros.
         """
         cells, step, each = len(self.cells), max(int(self.budget), 1), inverse(self.budget)
         own = slice(self.taken, self.taken + own_cells(count, self.budget))
@@ -173,7 +174,7 @@ class KWConv2d(DynamicConv2d):
         self.register_parameter('weight', None)  # it is in the warehouse
 
     def reset_parameters(self) -> None:
-        """The layer's own cells as the release does: He initialisation of them all as one kernel."""
+        """The layer's own cells, by He initialisation of them all as one kernel, as released."""
         if hasattr(self, 'own'):  # else the base class, which knows of no cells, is at work
             cells = self.warehouse.cells.detach()[self.own]
             nn.init.kaiming_normal_(cells.flatten(0, 1), mode='fan_out', nonlinearity='relu')
@@ -193,8 +194,8 @@ class KWConv2d(DynamicConv2d):
             ValueError: also for a budget below 1, whose cells are fewer than the kernels'.
         """
         if self.warehouse.budget < 1:
-            raise ValueError(f'a warehouse of budget {self.warehouse.budget:g} has fewer cells than '
-                             'the static kernels that it would have to equal: take a budget of 1x '
+            raise ValueError(f'a warehouse of budget {self.warehouse.budget:g} has fewer cells '
+                             'than the static kernels that it would have to equal: take a budget of 1x '
                              'or more, which has as many')
         super().inflate(kernel, bias)
 

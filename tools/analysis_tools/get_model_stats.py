@@ -13,7 +13,7 @@ multiplications and additions that its published formulation (ODConv, eq. 3) doe
              by the spatial attention
 
 Other layers have their own, such as FDConv's Fourier transforms: see their elementwise_madds().
-Products in which a layer makes its kernels, as KernelWarehouse's of attention and cells, are mixing.
+Products by which a layer makes its kernels, as KernelWarehouse's of cells, are mixing.
 
 'activations' is the memory that a training step's forward pass keeps for its backward pass.
 """
