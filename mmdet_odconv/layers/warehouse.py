@@ -194,8 +194,9 @@ class KWConv2d(DynamicConv2d):
             ValueError: also for a budget below 1, whose cells are fewer than the kernels'.
         """
         if self.warehouse.budget < 1:
-            raise ValueError(f'a warehouse of budget {self.warehouse.budget:g} has fewer '
-                             'cells than the static kernels: take a budget of 1x or more, which has as many')
+            raise ValueError(f'a warehouse of budget {self.warehouse.budget:g} has fewer cells '
+                             'than the static kernels: take a budget of 1x or more, which has as '
+                             'many')
         super().inflate(kernel, bias)
 
     def fill_bank(self, kernel: Tensor, multiple: float) -> None:
