@@ -1,10 +1,12 @@
 # make quickstart [MODEL=mask]   environment, data, training, evaluation, pictures
 # make pretrain                  a classifier, then a detector from its checkpoint
 # make test [STACK=onedl]        the whole suite
+# make soak [MINUTES=10]         training runs killed and resumed, their bits compared
 # make env [TORCH=torch==2.13.0] the environment alone; reuses a torch and mmcv of $(PYTHON)
 PYTHON ?= python3
 STACK ?= openmmlab
 MODEL ?= faster
+MINUTES ?= 10
 TORCH ?= torch==2.13.0
 
 ifeq ($(STACK),onedl)
@@ -21,7 +23,7 @@ CONFIG := $(MODEL)-rcnn_od-r18-k4_fpn_digits.py
 PRETRAINED := faster-rcnn_od-r18-k1-pretrained_fpn_digits.py
 WORK := work_dirs/quickstart$(if $(filter-out faster,$(MODEL)),-$(MODEL))
 
-.PHONY: env quickstart pretrain test lint clean
+.PHONY: env quickstart pretrain test soak lint clean
 env: $(VENV)/ready
 
 $(VENV)/ready: setup.py pyproject.toml $(wildcard requirements/*.txt)
@@ -39,7 +41,7 @@ $(VENV)/ready: setup.py pyproject.toml $(wildcard requirements/*.txt)
 	  MMCV_WITH_OPS=1 $(PIP) --no-build-isolation '$(MMCV)' || \
 	  { echo 'error: mmcv was not built: see Troubleshooting in README.md'; exit 1; }; }
 	$(PIP) -r $(REQUIREMENTS) 'setuptools<81'  # mim imports its pkg_resources
-	$(PIP) -e '.[quickstart,tests,imagenet]'
+	$(PIP) -e '.[quickstart,tests,imagenet,deploy]'
 	$(PIP) --no-deps openmim  # its dependencies would replace setuptools, rich and more
 	$(PIP) click colorama model-index pandas requests rich tabulate
 # opencv-python, which mmcv asks for, needs libGL and X11 of the system; headless does without.
@@ -67,6 +69,9 @@ pretrain: env
 
 test: env
 	$(BIN)/python -m pytest -n 2 tests
+
+soak: env
+	$(BIN)/python tests/soak.py --minutes $(MINUTES)
 
 lint: env
 	$(BIN)/ruff check .

@@ -47,7 +47,8 @@ setup(
     packages=find_packages(include=['mmdet_odconv', 'mmdet_odconv.*']),
     include_package_data=True,
     install_requires=requirements('runtime'),
-    extras_require={name: requirements(name) for name in ('quickstart', 'tests', 'imagenet')},
+    extras_require={name: requirements(name)
+                    for name in ('quickstart', 'tests', 'imagenet', 'deploy')},
     cmdclass={'editable_wheel': EditableWheel},
     zip_safe=False,
 )

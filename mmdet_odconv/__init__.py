@@ -30,17 +30,20 @@ if not os.environ.get('MMDET_ODCONV_LAYERS_ONLY'):
         SEResNet,
     )
     from .checkpoints import allow_mmengine_checkpoints, to_dynamic
+    from .deployment import allow_base_configs, config_path, fuse
     from .engine import InputCheckHook, TemperatureAnnealingHook, WarehouseWarmUpHook
     from .errors import InputError
-    from .layers import CondConv2d, DCDConv2d, DyConv2d, ODConv2d, set_temperature
+    from .layers import CondConv2d, DCDConv2d, DyConv2d, FDConv2d, ODConv2d, set_temperature
     from .ops import dynamic_conv2d
 
     __all__ += [
         'CondConv2d', 'DCDConv2d', 'DyConv2d', 'DyMobileNetV2', 'DyMobileNetV3', 'DyResNet',
-        'InputCheckHook', 'InputError', 'KWMobileNetV2', 'KWResNet', 'MobileNetV3', 'ODConv2d',
-        'ODMobileNetV2', 'ODResNeXt', 'ODResNet', 'ODResNetV1d', 'SEMobileNetV2', 'SEResNet',
-        'TemperatureAnnealingHook', 'WarehouseWarmUpHook', 'dynamic_conv2d', 'set_temperature',
+        'FDConv2d', 'InputCheckHook', 'InputError', 'KWMobileNetV2', 'KWResNet', 'MobileNetV3',
+        'ODConv2d', 'ODMobileNetV2', 'ODResNeXt', 'ODResNet', 'ODResNetV1d', 'SEMobileNetV2',
+        'SEResNet', 'TemperatureAnnealingHook', 'WarehouseWarmUpHook', 'config_path',
+        'dynamic_conv2d', 'fuse', 'set_temperature',
         'to_dynamic'
     ]
 
+    allow_base_configs()
     allow_mmengine_checkpoints()

@@ -3,3 +3,7 @@
 
 class InputError(ValueError):
     """One sentence: what was found, what was expected and what to do."""
+
+
+class DivergenceError(FloatingPointError):
+    """One sentence: when training stopped to be finite, what to do, and what is left."""

@@ -1,4 +1,6 @@
 """Dynamic convolution written from its formula, one image, one kernel, at a time."""
+from fractions import Fraction
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -42,14 +44,20 @@ def forward(layer, x):
         padding = 0
     geometry = layer.stride, padding, layer.dilation, layer.groups
     kind = type(layer).__name__
-    if kind == 'DCDConv2d':
+    if kind == 'FDConv2d':
+        if layer.FBM is not None:
+            padded = fd_bands(layer, x)
+            if layer.padding_mode != 'zeros':
+                padded = F.pad(padded, identity._reversed_padding_repeated_twice,
+                               mode=layer.padding_mode)
         return torch.cat([
             F.conv2d(padded[b:b + 1], kernel, layer.bias, *geometry)
-            for b, kernel in enumerate(dcd_kernels(layer, x))])
-    if kind == 'KWConv2d':
+            for b, kernel in enumerate(fd_kernels(layer, x))])
+    if kind in ('DCDConv2d', 'KWConv2d'):
+        kernels = dcd_kernels if kind == 'DCDConv2d' else warehouse_kernels
         return torch.cat([
             F.conv2d(padded[b:b + 1], kernel, layer.bias, *geometry)
-            for b, kernel in enumerate(warehouse_kernels(layer, x))])
+            for b, kernel in enumerate(kernels(layer, x))])
     if kind == 'ODConv2d':
         return dynamic_conv2d(padded, layer.weight, layer.bias, *geometry,
                               **odconv_attentions(layer, x))
@@ -103,7 +111,7 @@ def warehouse_kernels(layer, x):
     n, co, ci = cells.shape[:3]
     out_channels, group_channels, kh, kw = layer.kernel_shape
     m = kh * kw * (out_channels // co) * (group_channels // ci)
-    hidden = batch_normed(attention.norm1, linear(attention.fc1, x.mean((2, 3))))
+    hidden = torch.relu(batch_normed(attention.norm1, linear(attention.fc1, x.mean((2, 3)))))
     z = linear(attention.fc2, hidden).reshape(len(x), m, -1)
     if attention.fc3 is not None:
         first, last = layer.own.start, layer.own.stop
@@ -130,20 +138,101 @@ def warehouse_kernels(layer, x):
         yield kernel
 
 
+def waves(size, frequencies):
+    """exp(2 pi i f n / size) for each f of ``frequencies``, a row, and each n."""
+    turns = torch.outer(frequencies, torch.arange(size)).double() / size
+    return torch.polar(torch.ones_like(turns), 2 * torch.pi * turns)
+
+
+def spectrum_kernel(layer, factors=1):
+    """Kernel of an FDConv2d, (Cout, I, kh, kw), each frequency times its factor: a sum of waves."""
+    out_channels, inner, kh, kw = layer.kernel_shape
+    height, width = out_channels * kh, inner * kw
+    parts = layer.dft_weight[0].double()
+    spectrum = torch.complex(parts[..., 0], parts[..., 1]) * factors
+    column = torch.arange(width // 2 + 1)
+    # A wave and its conjugate, which is not kept, are real together; some are their own conjugate.
+    times = torch.where((column * 2) % width == 0, 1, 2)
+    plane = (waves(height, torch.arange(height)).T @ (spectrum * times) @ waves(width, column)).real
+    plane = plane / (height * width) * max(1, min(layer.in_channels, layer.out_channels) // 2)
+    return plane.reshape(out_channels, kh, inner, kw).permute(0, 2, 1, 3)
+
+
+def frequency_groups(height, width, group_num):
+    """Frequencies by their distance from zero, cut into groups: the group of each."""
+    distance = {(u, v): Fraction(min(u, height - u), height)**2 + Fraction(v, width)**2
+                for u in range(height) for v in range(width // 2 + 1)}
+    order = sorted(distance, key=lambda uv: (distance[uv], uv))
+    groups = torch.zeros(height, width // 2 + 1, dtype=torch.long)
+    for rank, uv in enumerate(order):
+        groups[uv] = rank * group_num // len(order)
+    return groups
+
+
+def fd_kernels(layer, x):
+    """FDConv: groups of the spectrum by attention, then global and local modulation."""
+    out_channels, inner, kh, kw = layer.kernel_shape
+    attention, local, t = layer.KSM_Global, layer.KSM_Local, layer.temperature
+    hidden = pooled_norm(attention, x)
+    hidden = attention.relu.scale * torch.relu(hidden)**2 + attention.relu.bias
+    groups = frequency_groups(out_channels * kh, inner * kw, layer.kernel_num)
+
+    def gate(fc):
+        return None if fc is None else 2 * torch.sigmoid(linear(fc, hidden) / t)
+
+    c, f, s, a = (gate(getattr(attention, f'{name}_fc'))
+                  for name in ('channel', 'filter', 'spatial', 'kernel'))
+    mean = x.mean((2, 3))
+    normed = F.layer_norm(mean, mean.shape[1:], local.norm.weight, local.norm.bias)
+    taps = local.conv.weight.shape[2]
+    elements = 2 * torch.sigmoid(F.conv1d(normed[:, None], local.conv.weight, padding=taps // 2))
+    for b in range(len(x)):
+        kernel = spectrum_kernel(layer, 1 if a is None else a[b][groups])
+        rows = []
+        for o in range(out_channels):
+            first = o // (out_channels // layer.groups) * inner
+            row = kernel[o] * c[b, first:first + inner, None, None]
+            row = row if f is None else row * f[b, o]
+            row = row if s is None else row * s[b].reshape(kh, kw)
+            mine = elements[b, o * kh * kw:(o + 1) * kh * kw, first:first + inner]
+            rows.append(row * mine.T.reshape(inner, kh, kw))
+        yield torch.stack(rows)
+
+
+def fd_bands(layer, x):
+    """FDConv's frequency band modulation, by whole Fourier transforms."""
+    height, width = x.shape[2:]
+    to_row, to_column = (waves(size, torch.arange(size)) for size in (height, width))
+    spectrum = to_row.conj() @ x.to(to_row.dtype) @ to_column.conj()
+    cycles = [torch.minimum(torch.arange(n), n - torch.arange(n)) for n in (height, width)]
+    output, rest = 0, x
+    for i, gate in enumerate(layer.FBM.freq_weight_conv_list):
+        row, column = (4 * c < n if i == 0 else 2**(i + 2) * c <= n
+                       for c, n in zip(cycles, (height, width)))
+        low = (to_row @ (spectrum * (row[:, None] & column)) @ to_column).real / (height * width)
+        gates = 2 * torch.sigmoid(F.conv2d(x, gate.weight, gate.bias, padding=1))
+        output, rest = output + gates * (rest - low), low
+    return output + rest
+
+
+def pooled_norm(attention, x):
+    """The hidden layer of ODConv's attention, and of FDConv's, before its activation."""
+    return batch_normed(attention.bn, linear(attention.fc, x.mean((2, 3))))
+
+
 def batch_normed(bn, hidden):
-    """An attention's hidden values, ReLU and BatchNorm of them."""
+    """BatchNorm of an attention's hidden values, (B, C)."""
     if bn.training and len(hidden) > 1:
         mean, var = hidden.mean(0), hidden.var(0, unbiased=False)
     else:
         mean, var = bn.running_mean, bn.running_var
-    return torch.relu((hidden - mean) / torch.sqrt(var + bn.eps) * bn.weight + bn.bias)
+    return (hidden - mean) / torch.sqrt(var + bn.eps) * bn.weight + bn.bias
 
 
 def odconv_attentions(layer, x):
     """ODConv's attentions, from Fig. 2 of the paper, with the parameters of an ODConv2d."""
     attention, t = layer.attention, layer.temperature
-
-    hidden = batch_normed(attention.bn, linear(attention.fc, x.mean((2, 3))))
+    hidden = torch.relu(pooled_norm(attention, x))
     out = dict(channel_attention=torch.sigmoid(linear(attention.channel_fc, hidden) / t))
     if attention.filter_fc is not None:
         out['filter_attention'] = torch.sigmoid(linear(attention.filter_fc, hidden) / t)

@@ -1,4 +1,4 @@
-# The second protocol of the family's papers: Mask R-CNN with ResNet-50, AdamW, and images of several
+# The second protocol of the family's papers: Mask R-CNN with ResNet-50, AdamW, and images of many
 # scales, half of them cropped in between (DETR's augmentation), as KernelWarehouse's and FDConv's
 # releases train. A backbone is all that a config adds.
 _base_ = ['mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', './odconv.py']

@@ -1,6 +1,6 @@
 _base_ = './mobilenet-v2_8xb32-150e_in1k.py'
 
-model = dict(backbone=dict(type='ODMobileNetV2', kernel_num=4))
+model = dict(backbone=dict(type='ODMobileNetV2', kernel_num=4, init='he'))
 
 # From scratch, attention starts out near-uniform, so that every kernel of a bank learns.
 custom_hooks = [

@@ -16,10 +16,13 @@ class DynamicBackbone:
         *args, **kwargs: those of the backbone that is extended.
         kernel_num: number of kernels in each bank; the layer's own default where not given.
         reduction: width of the attention relative to the layer's input channels, likewise.
+        init: how the attention's heads begin, 'zero' or 'he', likewise.
         conv_cfg: another dynamic layer, such as ``dict(type='CondConv2d')``, or more of the
             layer's arguments; the other convolutions stay static whatever it says.
         dynamic_convs: which convolutions are dynamic: a regular expression that their whole
             names match; the class's own where not given.
+        frozen_except: a regular expression of what stays trainable in frozen stages: parameters
+            in whose name it is found. ``'KSM|FBM'`` is what FDConv's release trains there.
 
     Raises:
         InputError: if ``dynamic_convs`` is no regular expression or matches no convolution.
@@ -28,16 +31,20 @@ class DynamicBackbone:
 
     dynamic_conv_cfg = dict(type='ODConv2d')
     dynamic_convs: str
+    frozen_except: Optional[str] = None
 
     def __init__(self,
                  *args,
                  kernel_num: Optional[int] = None,
                  reduction: Optional[float] = None,
+                 init: Optional[str] = None,
                  conv_cfg: Optional[dict] = None,
                  dynamic_convs: Optional[str] = None,
+                 frozen_except: Optional[str] = None,
                  **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        given = dict(kernel_num=kernel_num, reduction=reduction)
+        self.frozen_except = frozen_except
+        given = dict(kernel_num=kernel_num, reduction=reduction, init=init)
         given = {name: value for name, value in given.items() if value is not None}
         pattern = self.dynamic_convs if dynamic_convs is None else dynamic_convs
         try:
@@ -56,3 +63,10 @@ class DynamicBackbone:
     def make_dynamic(self, pattern: str, conv_cfg: dict) -> List[str]:
         """Replace the convolutions whose names match; return those names."""
         return replace_convs(self, pattern, conv_cfg)
+
+    def _freeze_stages(self) -> None:
+        super()._freeze_stages()
+        if self.frozen_except is not None:
+            for name, parameter in self.named_parameters():
+                if re.search(self.frozen_except, name):
+                    parameter.requires_grad_(True)

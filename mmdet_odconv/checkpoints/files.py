@@ -4,7 +4,7 @@ import hashlib
 import os
 import tempfile
 from pathlib import Path
-from typing import Dict, Iterator, Tuple
+from typing import Dict, Iterator, Mapping, Tuple
 
 import torch
 from mmengine.runner.checkpoint import CheckpointLoader
@@ -43,6 +43,18 @@ def kept_meta(checkpoint: dict) -> dict:
     """What holds of a converted checkpoint as it did before: the classes."""
     meta = (checkpoint.get('meta') or {}) if 'state_dict' in checkpoint else {}
     return {name: meta[name] for name in ('CLASSES', 'PALETTE', 'dataset_meta') if name in meta}
+
+
+def halved(state: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+    """Weights in half precision, but for tensors with values that it cannot hold."""
+    result = {}
+    for name, tensor in state.items():
+        half = tensor.half() if tensor.dtype in (torch.float32, torch.float64) else tensor
+        lost = ~torch.isfinite(half)
+        if name.endswith('running_var'):
+            lost |= half == 0
+        result[name] = tensor if lost.any() else half
+    return result
 
 
 def provenance(source: str, tool: str) -> Dict[str, str]:

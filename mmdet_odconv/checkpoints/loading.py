@@ -1,9 +1,10 @@
 """Reading checkpoints with torch's weights-only unpickler, which runs no code from the file.
 
 From torch 2.6 on that unpickler is the default, and it refuses the log history that MMEngine
-saves beside the weights, so that stock MMDetection can read no checkpoint of its own. Here it is
-told exactly which classes those are; and whatever else a file holds is refused by one sentence,
-on MMEngine releases and forks alike that would fall back to unpickling everything.
+saves beside the weights, so that stock MMDetection can read no checkpoint of its own. Here, while
+MMEngine's loaders read, and no longer, it is told what those are; whatever else a file holds is
+refused by one sentence, on MMEngine releases and forks alike that would fall back to unpickling
+everything.
 """
 import contextlib
 import functools
@@ -13,21 +14,13 @@ import re
 from pathlib import Path
 from typing import Callable
 
-import numpy as np
 import torch
-from mmengine.logging import HistoryBuffer
-from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 from mmengine.runner.checkpoint import CheckpointLoader
 from mmengine.utils import digit_version
 
 from ..errors import InputError
-
-# Classes of MMEngine in its checkpoints, each with its functions that are there too: the
-# statistics of a log history, the curves of a one-cycle schedule.
-ATTRIBUTES = {
-    HistoryBuffer: ('min', 'max', 'mean', 'current'),
-    OneCycleParamScheduler: ('_annealing_cos', '_annealing_linear'),
-}
+from .contents import check_contents
+from .unpickling import allowing_mmengine, plain
 
 
 def allow_mmengine_checkpoints() -> None:
@@ -37,37 +30,8 @@ def allow_mmengine_checkpoints() -> None:
     """
     if digit_version(torch.__version__) < digit_version('2.6.0'):
         return
-    _allow_classes()
     for prefix, load in list(CheckpointLoader._schemes.items()):
         CheckpointLoader.register_scheme(prefix, _weights_only(load), force=True)
-
-
-def _allow_classes() -> None:
-    """Tell torch's unpickler what MMEngine's checkpoints hold; said again, it changes nothing."""
-    reconstruct = np.ones(1).__reduce__()[0]
-    scalar = np.float64(1).__reduce__()[0]
-    torch.serialization.add_safe_globals([
-        *ATTRIBUTES, np.ndarray, np.dtype, reconstruct, scalar,
-        *(type(np.dtype(kind)) for kind in (bool, np.int32, np.int64, np.float32, np.float64)),
-        (_attribute, 'builtins.getattr'), (_Skipped, 'argparse.Namespace')
-    ])
-
-
-class _Skipped:
-    """Stands for the settings that KernelWarehouse's files hold beside weights, and keeps none."""
-
-    def __setstate__(self, state) -> None:
-        pass
-
-
-def _attribute(owner, name: str):
-    """Stands for getattr, of which MMEngine's checkpoints ask these functions by name.
-
-    getattr itself would let a file reach anything from what is allowed.
-    """
-    if not isinstance(owner, type) or name not in ATTRIBUTES.get(owner, ()):
-        raise pickle.UnpicklingError(f'GLOBAL getattr({owner!r}, {name!r}) was not allowed')
-    return getattr(owner, name)
 
 
 def _weights_only(load: Callable[..., dict]) -> Callable[..., dict]:
@@ -81,8 +45,8 @@ def _weights_only(load: Callable[..., dict]) -> Callable[..., dict]:
             raise InputError(f'Checkpoint {filename} does not exist: give the path of a file '
                              '(the README says where published weights are).')
         try:
-            with _force_weights_only():
-                checkpoint = load(filename, map_location=map_location, **kwargs)
+            with allowing_mmengine(), _force_weights_only():
+                checkpoint = plain(load(filename, map_location=map_location, **kwargs))
         except (InputError, MemoryError):
             raise
         except OSError as error:
@@ -109,11 +73,7 @@ def _weights_only(load: Callable[..., dict]) -> Callable[..., dict]:
                      f'remove the copy in {torch.hub.get_dir()}/checkpoints to download it again')
             raise InputError(
                 f'Checkpoint {filename} is cut short or damaged{size}: {again}.') from error
-        finally:
-            _allow_classes()  # the fork's loader takes back what it has allowed for a while
-        if not isinstance(checkpoint, dict):
-            raise InputError(f'Checkpoint {filename} holds a {type(checkpoint).__name__}, where a '
-                             'dict of weights was expected: save model.state_dict().')
+        check_contents(checkpoint, filename, on_meta=str(map_location) == 'meta')
         return checkpoint
 
     return load_weights_only

@@ -9,6 +9,7 @@ import collections
 import re
 from typing import Dict, List, Mapping, Optional, Tuple
 
+import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
@@ -27,8 +28,8 @@ MOBILENET_V2_STAGES = [f'layer{stage}.{block}'
 # Heads and norms that only one layer's attention has.
 LAYERS = {
     'ODConv2d': 'attention.channel_fc.weight', 'DCDConv2d': 'attention.fusion_fc.weight',
-    'KWConv2d': 'attention.fc2.weight', 'DyConv2d': 'attention.fc.weight',
-    'CondConv2d': 'attention.kernel_fc.weight',
+    'FDConv2d': 'KSM_Global.channel_fc.weight', 'KWConv2d': 'attention.fc2.weight',
+    'DyConv2d': 'attention.fc.weight', 'CondConv2d': 'attention.kernel_fc.weight',
 }
 
 
@@ -145,10 +146,31 @@ def _rename(backbone: nn.Module, state: Dict[str, Tensor], prefix: str, *_) -> N
 def check_finite(state: Mapping[str, Tensor]) -> None:
     """InputError that names the first tensor with a NaN or infinite value."""
     for name, tensor in state.items():
-        if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
-            bad = int((~tensor.isfinite()).sum())
+        if tensor.is_meta or not tensor.is_floating_point():
+            continue
+        stored = _stored(name, tensor)
+        if not stored.isfinite().all():
+            bad = int((~stored.isfinite()).sum())
             raise InputError(f'{name} of the checkpoint has {bad} NaN or infinite values, of '
-                             f'{tensor.numel()}: give one that was saved before training diverged.')
+                             f'{stored.numel()}: give one that was saved before training diverged.')
+
+
+def _stored(name: str, tensor: Tensor) -> Tensor:
+    """The values of ``tensor``, each once where it is expanded.
+
+    Raises:
+        InputError: if it is sparse or nested, or says that it is more than its storage holds.
+    """
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise InputError(f'{name} of the checkpoint is sparse or nested, where a dense tensor was '
+                         'expected: save it as one.')
+    once = tensor.detach()[tuple(slice(1) if stride == 0 else slice(None)
+                                 for stride in tensor.stride())]
+    held = tensor.untyped_storage().nbytes() // tensor.element_size()
+    if once.numel() > held:
+        raise InputError(f'{name} of the checkpoint has the shape {tuple(tensor.shape)}, but only '
+                         f'{held} values: save it anew.')
+    return once
 
 
 def _check_architecture(kind: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ from mmengine.utils import get_installed_path
 from torch import nn
 
 from ..errors import InputError
+from ..layers import DynamicConv2d
 from .files import kept_meta, provenance
 
 SWAPS = {'ResNet': 'ODResNet', 'ResNetV1d': 'ODResNetV1d', 'ResNeXt': 'ODResNeXt',
@@ -40,24 +41,28 @@ def locate_config(name: str) -> Tuple[Path, str]:
     return paths[0], f'{package}::{paths[0].relative_to(root).as_posix()}'
 
 
-def swap_backbone(config: Config, kernel_num: int = 4,
-                  init_cfg: Optional[str] = 'StaticPretrained') -> dict:
+def swap_backbone(config: Config, kernel_num: Optional[int] = None,
+                  init_cfg: Optional[str] = 'StaticPretrained',
+                  layer: str = 'ODConv2d') -> dict:
     """What to merge into ``config.model`` so that its backbone is dynamic.
 
     ResNet, ResNetV1d, ResNeXt and MobileNetV2 become their dynamic kind; another backbone gets
-    ODConv2d by ``conv_cfg`` if it takes one.
+    the layer by ``conv_cfg`` if it takes one.
 
     Args:
         config: of a static detector; changed by nothing here.
-        kernel_num: number of kernels in each bank.
+        kernel_num: number of kernels in each bank; the layer's own default where not given.
         init_cfg: what a ``Pretrained`` of the backbone, or of what it is in, becomes; ``None``
             initialises nothing.
+        layer: name of a dynamic convolution, such as 'FDConv2d'.
 
     Raises:
-        InputError: with the reason, if the backbone cannot be made dynamic, or if the config
-            starts from a whole static detector that ``init_cfg`` does not convert.
+        InputError: with the reason, if the backbone cannot be made dynamic, if there is no such
+            layer or it has no ``kernel_num``, or if the config starts from a whole static detector
+            that ``init_cfg`` does not convert.
     """
     init_default_scope(config.get('default_scope', 'mmdet'))
+    conv_cfg = layer_config(layer, kernel_num)
     if init_cfg is not None and config.get('load_from'):
         raise InputError(f'The config starts from a whole static detector, {config.load_from}: '
                          'give it as --checkpoint, with the config that it was trained with, or '
@@ -68,10 +73,31 @@ def swap_backbone(config: Config, kernel_num: int = 4,
         for key in path:
             part.update(_init_of(given, init_cfg))
             part, given = part.setdefault(key, {}), given[key]
-        part.update(_change_of(backbone, kernel_num), **_init_of(backbone, init_cfg))
+        part.update(_change_of(backbone, conv_cfg), **_init_of(backbone, init_cfg))
     if not changes:
         raise InputError('The config has no model with a backbone.')
     return changes
+
+
+def layer_config(layer: str, kernel_num: Optional[int] = None) -> dict:
+    """``conv_cfg`` of a dynamic layer, its bank said; InputError if there is none such."""
+    cls = MODELS.get(layer)
+    if cls is None or not issubclass(cls, DynamicConv2d):
+        known = sorted(name for name, other in MODELS.module_dict.items()
+                       if isinstance(other, type) and issubclass(other, DynamicConv2d))
+        raise InputError(f'{layer} is no dynamic layer: give one of {", ".join(known)}.')
+    bank = inspect.signature(cls).parameters.get('kernel_num')
+    if bank is None:
+        if kernel_num is not None:
+            raise InputError(f'{layer} has no kernel_num, got {kernel_num}: leave it out.')
+        return dict(type=layer)
+    return dict(type=layer, kernel_num=bank.default if kernel_num is None else kernel_num)
+
+
+def layer_name(conv_cfg: dict) -> str:
+    """How file names spell a layer and its bank: odconv-k4, dcdconv."""
+    name = conv_cfg['type'][:-len('2d')].lower()
+    return f'{name}-k{conv_cfg["kernel_num"]}' if 'kernel_num' in conv_cfg else name
 
 
 def _backbones(model: dict, path: Tuple[str, ...] = ()) -> Iterator[Tuple[Tuple[str, ...], dict]]:
@@ -98,7 +124,7 @@ def _init_of(module: dict, init_cfg: Optional[str]) -> Dict[str, object]:
     return {}
 
 
-def _change_of(backbone: dict, kernel_num: int) -> Dict[str, object]:
+def _change_of(backbone: dict, conv_cfg: dict) -> Dict[str, object]:
     kind = backbone.get('type')
     if kind is None:
         raise InputError("The config's backbone has no type: the model is not one of MMDetection.")
@@ -113,18 +139,20 @@ def _change_of(backbone: dict, kernel_num: int) -> Dict[str, object]:
     if name in SWAPS.values() or 'dynamic_convs' in vars(cls):
         raise InputError(f'{name} is dynamic already.')
     # mmdet's subclasses leave what they share to their bases' signatures.
-    conv_cfg = next((parameters['conv_cfg'] for parameters in (
+    parameter = next((parameters['conv_cfg'] for parameters in (
         inspect.signature(base.__init__).parameters for base in cls.__mro__)
         if 'conv_cfg' in parameters), None)
-    static = backbone.get('conv_cfg', getattr(conv_cfg, 'default', None))
+    static = backbone.get('conv_cfg', getattr(parameter, 'default', None))
     if isinstance(static, dict):
         raise InputError(f'{name} has conv_cfg={static["type"]} already.')
     if name in SWAPS:
-        return dict(type=SWAPS[name], kernel_num=kernel_num)
+        if conv_cfg['type'] != 'ODConv2d':
+            return dict(type=SWAPS[name], conv_cfg=conv_cfg)
+        return dict(conv_cfg, type=SWAPS[name])
     if backbone.get('dcn') is not None:  # mmdet's blocks assert that one of them is None
         raise InputError(f'{name} has dcn, and takes no conv_cfg with it.')
-    if conv_cfg is not None:
-        return dict(conv_cfg=dict(type='ODConv2d', kernel_num=kernel_num))
+    if parameter is not None:
+        return dict(conv_cfg=conv_cfg)
     raise InputError(f'{name} takes no conv_cfg.')
 
 

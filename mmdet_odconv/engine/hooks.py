@@ -1,15 +1,20 @@
 """Hooks: annealing of attention, and checks before hours are spent on a mistaken input."""
+import logging
+import os
 import re
-from typing import Iterator, List
+from typing import List
 
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
+from ..checkpoints.contents import check_resumable, forget_paths
 from ..checkpoints.published import check_finite, few, strip_prefix
 from ..errors import InputError
-from ..layers import set_temperature, set_warm_up
+from ..layers import DynamicConv2d, set_temperature, set_warm_up
+from .data_check import check_data, unwrapped
 
 
 class AnnealingHook(Hook):
@@ -119,17 +124,25 @@ class WarehouseWarmUpHook(AnnealingHook):
 class InputCheckHook(Hook):
     """Refuses what MMEngine would only log, or fail on much later.
 
-    A dataset whose annotations lack classes that the config names; a head whose num_classes is
-    not their number (unless the dataset is panoptic, where some heads know things alone, or the
-    classes are named by text); a checkpoint with NaNs; and, when testing or resuming, one of
-    another architecture.
+    A dataset whose annotations lack classes that the config names, or cannot be trained on; a
+    head whose num_classes is not their number (unless the dataset is panoptic, where some heads
+    know things alone, or the classes are named by text); a checkpoint with NaNs, of which nothing
+    fits, or, when testing or resuming, one of another architecture.
+
+    Args:
+        strict: refuse annotations and images that cannot be trained on; else warn of them.
 
     Raises:
         InputError: with the values found and expected.
     """
 
+    def __init__(self, strict: bool = True) -> None:
+        self.strict = strict
+
     def before_train(self, runner: Runner) -> None:
         self._check_classes(runner, runner.train_dataloader.dataset)
+        check_data(runner.train_dataloader.dataset, self.strict)
+        _check_decay(runner)
 
     def before_val(self, runner: Runner) -> None:
         self._check_classes(runner, runner.val_dataloader.dataset)
@@ -151,13 +164,17 @@ class InputCheckHook(Hook):
                 raise
             missing = [name for name in model.state_dict() if name not in state]
         training = isinstance(runner._train_loop, BaseLoop)
+        if training and runner._resume:
+            check_resumable(checkpoint)
+        forget_paths(checkpoint, _saved_in(runner))
         if training and not runner._resume:
-            # Fine-tuning may replace a head; a file of which nothing fits is a mistake.
-            if len(missing) + len(mismatched) < len(model.state_dict()):
+            # Fine-tuning may replace a head; a file of which nothing fits is a mistake. Counters
+            # are never missing: torch makes those that a file lacks.
+            if any(name not in missing and name not in mismatched for name in model.state_dict()
+                   if not name.endswith('num_batches_tracked')):
                 return
         elif not missing and not mismatched:
             return
-
 
         def among(names: List[str]) -> str:
             return f' ({few(names)})' if names else ''
@@ -171,7 +188,7 @@ class InputCheckHook(Hook):
     @staticmethod
     def _check_classes(runner: Runner, dataset) -> None:
         datasets = {}
-        for leaf in _unwrapped(dataset):
+        for leaf in unwrapped(dataset):
             metainfo = getattr(leaf, 'metainfo', {})
             classes, found = metainfo.get('classes'), getattr(leaf, 'cat_ids', None)
             if classes is None:
@@ -200,12 +217,25 @@ class InputCheckHook(Hook):
                     f'{expected} classes: set num_classes={expected} in the config.')
 
 
-def _unwrapped(dataset) -> Iterator:
-    """The datasets under RepeatDataset, ConcatDataset, MultiImageMixDataset and their like."""
-    if hasattr(dataset, 'datasets'):
-        for part in dataset.datasets:
-            yield from _unwrapped(part)
-    elif hasattr(dataset, 'dataset'):
-        yield from _unwrapped(dataset.dataset)
-    else:
-        yield dataset
+def _saved_in(runner: Runner) -> str:
+    """Directory of the run's checkpoints, which CheckpointHook sets only as training begins."""
+    out_dirs = [hook.out_dir for hook in runner.hooks
+                if isinstance(hook, CheckpointHook) and hook.out_dir is not None]
+    name = os.path.basename(runner.work_dir.rstrip(os.sep))
+    return os.path.join(out_dirs[0], name) if out_dirs else runner.work_dir
+
+
+def _check_decay(runner: Runner) -> None:
+    """Warn that MMEngine knows depthwise convolutions by nn.Conv2d, and so not dynamic ones."""
+    config = getattr(runner, 'cfg', {}).get('optim_wrapper') or {}
+    paramwise = config.get('paramwise_cfg') or {}
+    decay, named = paramwise.get('dwconv_decay_mult'), paramwise.get('custom_keys') or {}
+    model = getattr(runner.model, 'module', runner.model)
+    layers = [name for name, module in model.named_modules()
+              if isinstance(module, DynamicConv2d) and module.groups == module.in_channels > 1
+              and not any(key in f'{name}.weight' for key in named)]
+    if decay is not None and layers:
+        print_log(f'paramwise_cfg.dwconv_decay_mult={decay} does not reach {len(layers)} depthwise '
+                  f'dynamic layers ({few(layers)}), which are no nn.Conv2d: name their weights in '
+                  f"custom_keys, such as {{'{layers[0]}.weight': dict(decay_mult={decay})}}.",
+                  logger='current', level=logging.WARNING)

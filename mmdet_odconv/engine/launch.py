@@ -5,20 +5,26 @@ import errno
 import os
 import re
 import runpy
+import signal
 import sys
 import traceback
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional
 
 import mmdet
+from mmcv.transforms import LoadImageFromFile
 from mmdet.datasets import CocoDataset
+from mmengine.dist import is_main_process
 from mmengine.registry import MODELS
 
-from ..errors import InputError
+from ..errors import DivergenceError, InputError
+from .data_check import check_annotations, unreadable
+from .distributed import prepare_cpu_processes
+from .resuming import interruption
 
 CONFIGS = Path(__file__).parents[1] / '.mim' / 'configs'
 # What reading another JSON, or none, as COCO raises.
-NOT_COCO = (AssertionError, AttributeError, LookupError, TypeError, ValueError)
+NOT_COCO = (AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 def run_mmdet_tool(name: str) -> None:
@@ -34,14 +40,19 @@ def run_mmdet_tool(name: str) -> None:
             raise InputError(f"mmdet's {name} was found neither in {Path(mmdet.__file__).parent} "
                              'nor beside it: install mmdet from a wheel or a whole checkout.')
         _resolve_config(sys.argv)
+        prepare_cpu_processes(sys.argv)
         runpy.run_path(str(script), run_name='__main__')
 
 
 @contextlib.contextmanager
 def errors_explained() -> Iterator[None]:
-    """Exit with one sentence on a mistake that the user can mend."""
+    """Exit with one sentence on a mistake that the user can mend, or when interrupted."""
     try:
         yield
+    except KeyboardInterrupt:
+        if is_main_process():
+            print(interruption(resumes='--resume' in sys.argv), file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         sentence = explain(error)
         if sentence is None:
@@ -72,7 +83,7 @@ def find_config(name: str) -> Path:
 
 def explain(error: BaseException) -> Optional[str]:
     """One sentence for a mistake that the user can mend; None for anything else."""
-    if isinstance(error, InputError):
+    if isinstance(error, (InputError, DivergenceError)):
         return str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         path = _locals_of(error, 'put').get('filepath')  # MMEngine's LocalBackend
@@ -81,6 +92,9 @@ def explain(error: BaseException) -> Optional[str]:
         written = '' if path is None else f' while writing {path}, which was removed'
         return (f'No space was left on the disk{written}: free some and run again with --resume, '
                 'which continues from the last whole checkpoint.')
+    if isinstance(error, ValueError) and 'SyncBatchNorm layers only work' in str(error):
+        return ('The config synchronises BatchNorm (SyncBN), which torch does on GPUs alone: on '
+                'CPUs, run one process without --launcher, or choose another norm_cfg.')
     unknown = re.search(r'(\S+) is not in the \S+::(\S+) registry', str(error))
     layer = str(_locals_of(error, 'build_conv_layer').get('layer_type', ''))  # which mmcv omits
     known = _known_types()
@@ -100,23 +114,55 @@ def explain(error: BaseException) -> Optional[str]:
             return (f'Annotation file {ann_file} does not exist: set data_root and ann_file of '
                     'the dataset in the config, or put the dataset there.')
         if isinstance(dataset, CocoDataset) and isinstance(error, NOT_COCO):
+            faults = _faults(dataset)
+            if faults is not None:
+                return faults
             return (f'Annotation file {ann_file} could not be read as COCO '
                     f'({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ""}'
                     '): expected a JSON object with images, annotations and categories.')
     dataset = _locals_of(error, '_serialize_data').get('self')
     if dataset is not None and not dataset.data_list:
         classes, found = dataset.metainfo.get('classes', ()), getattr(dataset, 'cat_ids', None)
+        faults = _faults(dataset) if found is not None and len(found) == len(classes) else None
+        if faults is not None:
+            return faults
         counts = '' if found is None else (
             f'it has {len(found)} of the {len(classes)} classes that the config names '
             f'({", ".join(map(str, classes[:5]))}): ')
         return (f"{dataset.ann_file} leaves no image to use: {counts}set the dataset's "
                 'metainfo=dict(classes=...) to names that its categories have.')
     image = _locals_of(error, 'transform').get('results', {}).get('img_path')
-    if isinstance(error, FileNotFoundError) and image is not None:
-        return (f'Image {image} does not exist: set data_root and data_prefix of the dataset in '
-                'the config to where the images are.')
+    if image is not None and isinstance(_locals_of(error, 'transform')['self'], LoadImageFromFile):
+        return unreadable(image, error)
+    if 'in DataLoader worker process' in str(error):
+        return _unreadable_in_worker(str(error))
     if isinstance(error, FileNotFoundError) and error.filename:
         return f'{error.filename} does not exist: check the paths in the config.'
+    return None
+
+
+def _faults(dataset: CocoDataset) -> Optional[str]:
+    """What keeps annotations from training, where that is more than that they are not COCO."""
+    try:
+        check_annotations(dataset)
+    except InputError as error:
+        return str(error)
+    except Exception:  # whatever a file of another kind answers
+        return None
+    return None
+
+
+def _unreadable_in_worker(text: str) -> Optional[str]:
+    """The same of an image that a worker read, whose frames are text; None for other errors."""
+    found = re.findall(r"(failed to load image|No such file or directory|Is a directory"
+                       r"|Permission denied): '?(.+?)'?$", text, re.MULTILINE)
+    if found and ('fileio.get' in text or 'failed to load' in text):
+        what, path = found[-1]  # before it, lines of source
+        return unreadable(path, FileNotFoundError() if 'No such' in what else None)
+    if 'imfrombytes' in text:
+        return ('An image is empty, damaged or of another kind, and the worker that read it does '
+                'not say which: run with train_dataloader.num_workers=0 '
+                'train_dataloader.persistent_workers=False to learn its name.')
     return None
 
 

@@ -11,6 +11,7 @@ from ..ops.dynamic_conv import Size2d
 
 # Standard deviation of what sets the kernels of an inflated bank apart, relative to each weight.
 PERTURBATION = 0.1
+INITS = ('zero', 'he')
 
 
 class DynamicConv2d(nn.Module):
@@ -30,6 +31,9 @@ class DynamicConv2d(nn.Module):
             padding_mode, device, dtype: as in :class:`torch.nn.Conv2d`.
         kernel_num: number of kernels in the bank, n >= 1.
         temperature: divides the attention logits; > 0, and 1.0 at inference.
+        init: how the last layers of the attention, its heads, begin. 'zero': all images get the
+            same kernel, as from a static convolution, until training tells them apart; 'he': at
+            random, as published. It changes nothing that is loaded or inflated.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -41,6 +45,7 @@ class DynamicConv2d(nn.Module):
 
     bank_name = 'weight'  # of the parameter that kernels are made from
     mixes_bias = False
+    filters = {'weight': 3}  # parameters with an axis of Cout, and how many axes come after it
     takes_static = False  # whether a static kernel in a state dict is inflated, or refused
 
     def __init__(self,
@@ -57,10 +62,13 @@ class DynamicConv2d(nn.Module):
                  dtype=None,
                  *,
                  kernel_num: int = 4,
-                 temperature: float = 1.0) -> None:
+                 temperature: float = 1.0,
+                 init: str = 'zero') -> None:
         super().__init__()
         if kernel_num < 1:
             raise ValueError(f'kernel_num must be at least 1, got {kernel_num}')
+        if init not in INITS:
+            raise ValueError(f'init must be one of {INITS}, got {init!r}')
         if groups < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(f'in_channels and out_channels must be divisible by groups, got '
                              f'{in_channels} and {out_channels} with groups={groups}')
@@ -78,6 +86,7 @@ class DynamicConv2d(nn.Module):
         self._pad_widths = conv._reversed_padding_repeated_twice
         self.kernel_num = kernel_num
         self.temperature = temperature
+        self.init = init
         self.kernel_shape = conv.weight.shape
         self.make_bank(device, dtype)
         if bias:
@@ -103,6 +112,15 @@ class DynamicConv2d(nn.Module):
         self.weight = nn.Parameter(
             torch.empty(self.kernel_num, *self.kernel_shape, device=device, dtype=dtype))
 
+    def _set_attention(self, attention: nn.Module, device, dtype) -> None:
+        """Take this attention, fresh from its constructor."""
+        self.attention = attention.to(device=device, dtype=dtype)
+        self._begin()
+
+    def _begin(self) -> None:
+        if self.init == 'zero':
+            self.attention.reset_to_constant()
+
     def reset_parameters(self) -> None:
         """Initialise each kernel of the bank as a static convolution would be."""
         for i in range(self.kernel_num):
@@ -114,6 +132,7 @@ class DynamicConv2d(nn.Module):
         """Called by MMEngine in place of an initialiser that would misread the 5-D bank."""
         self.reset_parameters()
         self.attention.reset_parameters()
+        self._begin()
 
     @torch.no_grad()
     def inflate(self, kernel: Tensor, bias: Optional[Tensor] = None) -> None:

@@ -19,6 +19,7 @@ class CondConv2d(DynamicConv2d):
         kernel_num: number of kernels in the bank, n >= 1.
         temperature: divides the routing logits, as in the other layers; > 0. The paper has none,
             which is 1.0.
+        init: how the heads begin, 'zero' or 'he': see :class:`DynamicConv2d`.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -40,9 +41,10 @@ class CondConv2d(DynamicConv2d):
                  dtype=None,
                  *,
                  kernel_num: int = 8,
-                 temperature: float = 1.0) -> None:
+                 temperature: float = 1.0,
+                 init: str = 'zero') -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
                          bias, padding_mode, device, dtype, kernel_num=kernel_num,
-                         temperature=temperature)
-        self.attention = KernelAttention(in_channels, kernel_num, None, 'sigmoid')
-        self.attention.to(device=device, dtype=dtype)
+                         temperature=temperature, init=init)
+        attention = KernelAttention(in_channels, kernel_num, None, 'sigmoid')
+        self._set_attention(attention, device, dtype)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..ops import dynamic_conv2d
+from ..ops import convolve_images, dynamic_conv2d, is_exporting
 from .attention import PooledLinear, hidden_channels
 from .base import DynamicConv2d
 
@@ -30,7 +30,8 @@ class DCDConv2d(DynamicConv2d):
     other groups each group's channels are fused, all by the same Phi.
 
     There is no bank: ``weight`` is W0, (1, Cout, Cin / groups, kh, kw), so that every layer of the
-    family stores its static kernels alike. Before training Lambda is 1 and Phi 0: the layer is W0.
+    family stores its static kernels alike. With heads at zero Lambda is 1 and Phi 0: the layer is
+    W0 before training.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
@@ -38,10 +39,13 @@ class DCDConv2d(DynamicConv2d):
         reduction: the attention's hidden width is max(int(Cin * reduction), 4); in (0, 1].
         temperature: divides the logits of Lambda, as in the other layers; > 0. The paper has
             none, which is 1.0.
+        init: how the heads begin, 'zero' or 'he': see :class:`DynamicConv2d`.
 
     Raises:
         ValueError: if an argument is out of range.
     """
+
+    filters = {'weight': 3, 'p': 1}
 
     def __init__(self,
                  in_channels: int,
@@ -57,9 +61,11 @@ class DCDConv2d(DynamicConv2d):
                  dtype=None,
                  *,
                  reduction: float = 1 / 16,
-                 temperature: float = 1.0) -> None:
+                 temperature: float = 1.0,
+                 init: str = 'zero') -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
-                         bias, padding_mode, device, dtype, kernel_num=1, temperature=temperature)
+                         bias, padding_mode, device, dtype, kernel_num=1, temperature=temperature,
+                         init=init)
         self.fuses_elements = groups == in_channels
         if self.fuses_elements:
             fused = math.prod(self.kernel_size)
@@ -69,8 +75,7 @@ class DCDConv2d(DynamicConv2d):
         self.p = nn.Parameter(torch.empty(out_channels, latent, device=device, dtype=dtype))
         self.q = nn.Parameter(torch.empty(fused, latent, device=device, dtype=dtype))
         hidden = hidden_channels(in_channels, reduction, MIN_HIDDEN_CHANNELS)
-        self.attention = DCDAttention(in_channels, out_channels, hidden, latent)
-        self.attention.to(device=device, dtype=dtype)
+        self._set_attention(DCDAttention(in_channels, out_channels, hidden, latent), device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -83,8 +88,7 @@ class DCDConv2d(DynamicConv2d):
         nn.init.normal_(self.p, std=self.p.shape[1]**-0.5)
 
     def convolve(self, x: Tensor, padding, *, fusion: Tensor, filter_attention: Tensor) -> Tensor:
-        pixels = math.prod(x.shape[2:]) // math.prod(self.stride)
-        if len(x) > 0 and (self.fuses_elements or self.weight[0, 0].numel() <= pixels):
+        if is_exporting() or len(x) > 0 and (self.fuses_elements or self._kernels_are_small(x)):
             output = self._convolve_each(x, padding, fusion, filter_attention)
         else:
             # The kernels are larger than the maps: one static kernel serves all images.
@@ -96,23 +100,27 @@ class DCDConv2d(DynamicConv2d):
                 output = self._add_fused_channels(output, x, fusion)
         return output if self.bias is None else output + self.bias.to(output.dtype)[:, None, None]
 
+    def _kernels_are_small(self, x: Tensor) -> bool:
+        """Whether an image's kernel has no more elements than its maps."""
+        pixels = math.prod(x.shape[2:]) // math.prod(self.stride)
+        return self.weight[0, 0].numel() <= pixels
+
     def _convolve_each(self, x: Tensor, padding, fusion: Tensor, scale: Tensor) -> Tensor:
         """Convolve each image with its own Lambda W0 + P Phi Q^T."""
         kernels = scale[:, :, None, None, None] * self.weight
         if self.fuses_elements:
             kernels = kernels + (self.p @ fusion @ self.q.T).view_as(kernels)
         else:
-            fused = self._expand(fusion) @ self.q.view(self.groups, -1, self.p.shape[1]).mT
+            q = self.q.view(self.groups, -1, self.p.shape[1])
+            fused = self._expand(fusion) @ q.transpose(1, 2)
             around = [n for k in reversed(self.kernel_size) for n in (k // 2, k - 1 - k // 2)]
             kernels = kernels + F.pad(fused.flatten(1, 2)[..., None, None], around)
-        output = dynamic_conv2d(x.reshape(1, -1, *x.shape[2:]), kernels.flatten(0, 1)[None], None,
-                                self.stride, padding, self.dilation, len(x) * self.groups)
-        return output.view(len(x), -1, *output.shape[2:])
+        return convolve_images(x, kernels, self.stride, padding, self.dilation, self.groups)
 
     def _add_fused_channels(self, static: Tensor, x: Tensor, fusion: Tensor) -> Tensor:
         """static + P Phi Q^T x, by two thin products on the maps."""
         batch, groups, latent = len(x), self.groups, self.p.shape[1]
-        squeeze = self.q.view(groups, -1, latent).mT.reshape(groups * latent, -1, 1, 1)
+        squeeze = self.q.view(groups, -1, latent).transpose(1, 2).reshape(groups * latent, -1, 1, 1)
         z = F.conv2d(self._centres(x, static.shape[2:]), squeeze, None, self.stride, groups=groups)
         pixels = math.prod(static.shape[2:])
         output = torch.baddbmm(
@@ -148,13 +156,11 @@ class DCDAttention(nn.Module):
         self.filter_fc = PooledLinear(hidden, out_channels)
         self.fusion_fc = PooledLinear(hidden, latent * latent)
         self.latent = latent
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Begin at Lambda = 1 and Phi = 0."""
+        """As when constructed, each of its layers by its own rule."""
         for module in self.children():
             module.reset_parameters()
-        self.reset_to_constant()
 
     def reset_to_constant(self) -> float:
         """Answer every input with Lambda = 1 and Phi = 0; return that Lambda."""
@@ -166,7 +172,7 @@ class DCDAttention(nn.Module):
         """Lambda, (B, Cout), and Phi, (B, L, L), of maps with this average, (B, Cin)."""
         hidden = F.relu(self.fc(average))
         scale = F.relu6(self.filter_fc(hidden) / temperature + 3) / 3
-        fusion = self.fusion_fc(hidden).unflatten(1, (self.latent, self.latent))
+        fusion = self.fusion_fc(hidden).reshape(-1, self.latent, self.latent)
         return dict(filter_attention=scale, fusion=fusion)
 
 

@@ -22,6 +22,7 @@ class DyConv2d(DynamicConv2d):
         reduction: the attention's hidden width is max(int(Cin * reduction), 4); in (0, 1].
         temperature: divides the attention logits; > 0, and 1.0 at inference. The paper trains
             with 30 falling to 1 over the first ten epochs: ``TemperatureAnnealingHook``.
+        init: how the heads begin, 'zero' or 'he': see :class:`DynamicConv2d`.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -44,10 +45,11 @@ class DyConv2d(DynamicConv2d):
                  *,
                  kernel_num: int = 4,
                  reduction: float = 1 / 4,
-                 temperature: float = 1.0) -> None:
+                 temperature: float = 1.0,
+                 init: str = 'zero') -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
                          bias, padding_mode, device, dtype, kernel_num=kernel_num,
-                         temperature=temperature)
+                         temperature=temperature, init=init)
         hidden = hidden_channels(in_channels, reduction, MIN_HIDDEN_CHANNELS)
-        self.attention = KernelAttention(in_channels, kernel_num, hidden, 'softmax')
-        self.attention.to(device=device, dtype=dtype)
+        attention = KernelAttention(in_channels, kernel_num, hidden, 'softmax')
+        self._set_attention(attention, device, dtype)

@@ -31,6 +31,7 @@ class ODConv2d(DynamicConv2d):
         temperature: divides the attention logits; > 0, and 1.0 at inference.
         norm_cfg: normalisation inside the attention: dict(type='BN'), 'SyncBN', 'GN' or 'LN',
             with that layer's own arguments.
+        init: how the heads begin, 'zero' or 'he': see :class:`DynamicConv2d`.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -52,13 +53,13 @@ class ODConv2d(DynamicConv2d):
                  kernel_num: int = 4,
                  reduction: float = 1 / 16,
                  temperature: float = 1.0,
-                 norm_cfg: Optional[dict] = None) -> None:
+                 norm_cfg: Optional[dict] = None,
+                 init: str = 'zero') -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
                          bias, padding_mode, device, dtype, kernel_num=kernel_num,
-                         temperature=temperature)
-        self.attention = ODAttention(in_channels, out_channels, self.kernel_size, groups,
-                                     kernel_num, reduction, norm_cfg)
-        self.attention.to(device=device, dtype=dtype)
+                         temperature=temperature, init=init)
+        self._set_attention(ODAttention(in_channels, out_channels, self.kernel_size, groups,
+                                        kernel_num, reduction, norm_cfg), device, dtype)
 
 
 class ODAttention(nn.Module):
@@ -100,24 +101,31 @@ class ODAttention(nn.Module):
 
     def forward(self, average: Tensor, temperature: float) -> Dict[str, Tensor]:
         """Attentions of maps with this average, (B, Cin), as arguments of ``dynamic_conv2d``."""
-        hidden = F.relu(normalise_pooled(self.bn, self.fc(average)))
+        logits, widths = self.logits(average, temperature)
+        attentions = dict(zip(widths, logits.sigmoid().split(list(widths.values()), 1)))
+        if self.spatial_fc is not None:
+            spatial = attentions['spatial_attention']
+            attentions['spatial_attention'] = spatial.reshape(-1, *self.kernel_size)
+        if self.kernel_fc is not None:
+            attentions['kernel_attention'] = logits[:, -self.kernel_fc.out_channels:].softmax(1)
+        return attentions
+
+    def logits(self, average: Tensor, temperature: float) -> Tuple[Tensor, Dict[str, int]]:
+        """Logits of all heads side by side, (B, sum of widths), and each head's width by name."""
+        hidden = self.activate(normalise_pooled(self.bn, self.fc(average)))
         heads = {name: fc for name, fc in (
             ('channel_attention', self.channel_fc), ('filter_attention', self.filter_fc),
             ('spatial_attention', self.spatial_fc), ('kernel_attention', self.kernel_fc))
             if fc is not None}
         # One product for all heads, and one sigmoid: on maps this small a launch is what costs.
-        logits = F.linear(hidden, torch.cat([fc.weight for fc in heads.values()]).flatten(1),
-                          torch.cat([fc.bias for fc in heads.values()]))
-        if temperature != 1:
-            logits = logits / temperature
-        widths = [fc.out_channels for fc in heads.values()]
-        attentions = dict(zip(heads, logits.sigmoid().split(widths, 1)))
-        if self.spatial_fc is not None:
-            spatial = attentions['spatial_attention']
-            attentions['spatial_attention'] = spatial.unflatten(1, self.kernel_size)
-        if self.kernel_fc is not None:
-            attentions['kernel_attention'] = logits[:, -widths[-1]:].softmax(1)
-        return attentions
+        weights, biases = zip(*((fc.weight, fc.bias) for fc in heads.values()))
+        logits = F.linear(hidden, torch.cat(weights).flatten(1), torch.cat(biases))
+        return (logits if temperature == 1 else logits / temperature,
+                dict(zip(heads, map(len, biases))))
+
+    def activate(self, hidden: Tensor) -> Tensor:
+        """The hidden layer's activation."""
+        return F.relu(hidden)
 
 
 def build_pooled_norm(cfg: dict, channels: int) -> nn.Module:

@@ -143,6 +143,8 @@ class KWConv2d(DynamicConv2d):
         ValueError: if an argument is out of range.
     """
 
+    filters = {}  # the cells, which other layers mix too, take no norm
+
     def __init__(self,
                  in_channels: int,
                  out_channels: int,
@@ -161,13 +163,12 @@ class KWConv2d(DynamicConv2d):
                  basis_ratio: float = 1.0,
                  norm_cfg: Optional[dict] = None) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
-                         bias, padding_mode, device, dtype, kernel_num=1)
+                         bias, padding_mode, device, dtype, kernel_num=1, init='he')
         self.warehouse = warehouse
         count = mixture_count(self.kernel_shape, warehouse.cells.shape[1:])
         self.own, beta = warehouse.assign(count)
-        self.attention = CellAttention(in_channels, beta, self.own, reduction, basis_ratio,
-                                       norm_cfg)
-        self.attention.to(device=device, dtype=dtype)
+        self._set_attention(CellAttention(in_channels, beta, self.own, reduction, basis_ratio,
+                                          norm_cfg), device, dtype)
         self.reset_parameters()
 
     def make_bank(self, device, dtype) -> None:
@@ -218,11 +219,7 @@ class KWConv2d(DynamicConv2d):
         beta, tau = self.attention.beta, self.warehouse.manager.tau
         attention = cell_attention + tau * (beta - cell_attention)
         kernels = mix_cells(attention, self.warehouse.cells, self.kernel_shape)
-        if len(x) == 0:  # no image has a kernel, yet all parameters stay in the graph
-            output = F.conv2d(x, kernels.sum(0), None, self.stride, padding, self.dilation,
-                              self.groups)
-        else:
-            output = convolve_images(x, kernels, self.stride, padding, self.dilation, self.groups)
+        output = convolve_images(x, kernels, self.stride, padding, self.dilation, self.groups)
         return output if self.bias is None else output + self.bias.to(output.dtype)[:, None, None]
 
     def extra_repr(self) -> str:
@@ -277,7 +274,8 @@ class CellAttention(nn.Module):
     def forward(self, average: Tensor, temperature: float) -> Dict[str, Tensor]:
         """Attention (B, m, n) of maps with this average, (B, Cin); it has no temperature."""
         hidden = F.relu(normalise_pooled(self.norm1, self.fc1(average)))
-        logits = self.fc2(hidden).unflatten(1, (self.mixtures, -1))
+        logits = self.fc2(hidden)
+        logits = logits.reshape(-1, self.mixtures, logits.shape[1] // self.mixtures)
         if self.fc3 is not None:
             count = self.own.stop - self.own.start
             own, basis, zero = logits.split([count, self.fc3.in_channels, 1], 2)

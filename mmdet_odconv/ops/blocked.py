@@ -12,19 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import folded
-from .folded import (
+from . import kernels as making
+from .convolution import is_pointwise, output_size
+from .kernels import (
     ALL,
     KernelGradients,
-    as_in_forward,
     as_matrices,
-    differentiable_gradients,
     fold,
     gate_gradients,
-    is_pointwise,
     mix,
-    output_size,
-    own,
     part,
     row_blocks,
     slices,
@@ -39,87 +35,81 @@ FEWEST_IMAGES = 4
 KEPT_PIXELS = 96
 
 
-class BlockedConv(torch.autograd.Function):
-    """Forward and backward of the plan, for groups=1; see ``dynamic_conv2d``."""
+def forward(input, weight, kernel_attention, spatial_attention, channel_attention,
+            filter_attention, stride, padding, dilation, groups
+            ) -> Tuple[Tensor, Optional[Tensor]]:
+    """For groups=1; see :class:`~mmdet_odconv.ops.autograd.Planned`."""
+    if groups != 1:
+        raise ValueError(f"plan 'blocked' is for groups=1, got {groups}")
+    a, batch = kernel_attention, len(input)
+    columns = patches(input, weight, stride, padding, dilation)
+    bank, *factors = as_matrices(weight, spatial_attention, channel_attention, filter_attention, 1)
+    column_gate, output_factor, gate, f = where_to_scale(*factors, columns, bank)
+    if column_gate is not None:
+        columns = columns * column_gate
+    output = columns.new_empty(batch, bank.shape[2], columns.shape[2])
+    for rows, images in blocks(bank, batch):
+        some_columns = part(columns, images)
+        kernels = mix(part(bank, ALL, rows), part(a, images), len(some_columns))
+        kernels = fold(kernels, part(gate, images), part(f, images, rows),
+                       None if a is None else kernels)
+        torch.bmm(kernels.squeeze(1), some_columns, out=output[images, rows])
+    kept = None
+    if output_factor is not None:
+        if output.shape[2] < KEPT_PIXELS:
+            kept, output = output, output * output_factor
+        else:
+            output *= output_factor
+    size = output_size(input.shape, weight.shape, stride, padding, dilation)
+    return output.view(batch, -1, *size), kept
 
-    @staticmethod
-    def forward(ctx, input, weight, kernel_attention, spatial_attention, channel_attention,
-                filter_attention, stride, padding, dilation):
-        ctx.geometry = stride, padding, dilation
-        a, batch = kernel_attention, len(input)
-        columns = patches(input, weight, stride, padding, dilation)
-        bank, *factors = as_matrices(weight, spatial_attention, channel_attention,
-                                     filter_attention, 1)
-        column_gate, output_factor, gate, f = where_to_scale(*factors, columns, bank)
-        if column_gate is not None:
-            columns = columns * column_gate
-        output = columns.new_empty(batch, bank.shape[2], columns.shape[2])
-        for rows, images in blocks(bank, batch):
-            some_columns = part(columns, images)
-            kernels = mix(part(bank, ALL, rows), part(a, images), len(some_columns))
-            kernels = fold(kernels, part(gate, images), part(f, images, rows), a is not None)
-            torch.bmm(kernels.squeeze(1), some_columns, out=output[images, rows])
-        kept = None
+
+def backward(grad, saved, needs, stride, padding, dilation, groups
+             ) -> Tuple[Optional[Tensor], ...]:
+    """See :class:`~mmdet_odconv.ops.autograd.Planned`."""
+    input, weight, a, s, c, f, unscaled = saved
+    geometry, batch = (stride, padding, dilation), len(input)
+    grad = grad.reshape(batch, weight.shape[1], -1)
+    raw_columns = patches(input, weight, *geometry)
+    bank, all_gate, all_f = as_matrices(weight, s, c, f, 1)
+    column_gate, output_factor, gate, row_f = where_to_scale(all_gate, all_f, raw_columns, bank)
+    columns = raw_columns if column_gate is None else raw_columns * column_gate
+    needs_columns = needs[0] or column_gate is not None
+    needs_kernels = needs[1] or needs[2] or needs[5] or gate is not None
+    grad_f = None
+    if unscaled is not None:
+        grad_f = (grad * unscaled).sum(-1)
+        grad, output_factor, all_f = grad * output_factor, None, None
+    gradients = KernelGradients(bank, a, gate, all_f, batch, needs[1])
+    grad_columns = torch.empty_like(columns) if needs_columns else None
+    for rows, images in blocks(bank, batch):
+        some_columns = part(columns, images)
+        mixed = mix(part(bank, ALL, rows), part(a, images), len(some_columns))
+        scaled = grad_rows = grad[images, rows]
         if output_factor is not None:
-            if output.shape[2] < KEPT_PIXELS:
-                kept, output = output, output * output_factor
-            else:
-                output *= output_factor
-        ctx.save_for_backward(input, weight, kernel_attention, spatial_attention,
-                              channel_attention, filter_attention, kept)
-        size = output_size(input.shape, weight.shape, stride, padding, dilation)
-        return own(output.view(batch, -1, *size))
-
-    @staticmethod
-    @as_in_forward
-    def backward(ctx, grad):
-        if torch.is_grad_enabled():
-            return (*differentiable_gradients(ctx, grad, *ctx.geometry, 1), None, None, None)
-        input, weight, a, s, c, f, unscaled = ctx.saved_tensors
-        batch = len(input)
-        grad = grad.reshape(batch, weight.shape[1], -1)
-        raw_columns = patches(input, weight, *ctx.geometry)
-        bank, all_gate, all_f = as_matrices(weight, s, c, f, 1)
-        column_gate, output_factor, gate, row_f = where_to_scale(all_gate, all_f, raw_columns, bank)
-        columns = raw_columns if column_gate is None else raw_columns * column_gate
-        needs_columns = ctx.needs_input_grad[0] or column_gate is not None
-        needs_kernels = any(ctx.needs_input_grad[i] for i in (1, 2, 5)) or gate is not None
-        grad_f = None
-        if unscaled is not None:
-            grad_f = (grad * unscaled).sum(-1)
-            grad, output_factor, all_f = grad * output_factor, None, None
-        gradients = KernelGradients(bank, a, gate, all_f, batch, ctx.needs_input_grad[1])
-        grad_columns = torch.empty_like(columns) if needs_columns else None
-        for rows, images in blocks(bank, batch):
-            some_columns = part(columns, images)
-            mixed = mix(part(bank, ALL, rows), part(a, images), len(some_columns))
-            scaled = grad_rows = grad[images, rows]
-            if output_factor is not None:
-                scaled = grad_rows * output_factor[images, rows]
-            if needs_columns:
-                kernels = fold(mixed, part(gate, images), part(row_f, images, rows)).squeeze(1)
-                part(grad_columns, images).baddbmm_(kernels.mT, scaled, beta=int(bool(rows.start)))
-            if needs_kernels:
-                # Before it is scaled by f: no gradient is ever divided by an attention.
-                grad_kernels = grad_rows @ some_columns.mT
-                gradients.add(rows, images, grad_kernels[:, None], mixed)
-        grad_weight, grad_a, grad_s, grad_c, folded_grad_f = gradients.of(
-            weight, s, c, None if all_f is None else f)
-        if column_gate is not None:
-            grad_gate = (grad_columns * raw_columns).sum(-1)
-            grad_s, grad_c = gate_gradients(grad_gate, weight, s, c)
-            grad_columns *= column_gate
-        grad_input = None
-        if ctx.needs_input_grad[0]:
-            grad_input = patches_gradient(grad_columns, input, weight, *ctx.geometry)
-        return (grad_input, grad_weight, grad_a, grad_s, grad_c,
-                folded_grad_f if grad_f is None else grad_f, None, None, None)
+            scaled = grad_rows * output_factor[images, rows]
+        if needs_columns:
+            kernels = fold(mixed, part(gate, images), part(row_f, images, rows)).squeeze(1)
+            part(grad_columns, images).baddbmm_(kernels.mT, scaled, beta=int(bool(rows.start)))
+        if needs_kernels:
+            # Before it is scaled by f: no gradient is ever divided by an attention.
+            grad_kernels = grad_rows @ some_columns.mT
+            gradients.add(rows, images, grad_kernels[:, None], mixed)
+    grad_weight, grad_a, grad_s, grad_c, folded_grad_f = gradients.of(
+        weight, s, c, None if all_f is None else f)
+    if column_gate is not None:
+        grad_gate = (grad_columns * raw_columns).sum(-1)
+        grad_s, grad_c = gate_gradients(grad_gate, weight, s, c)
+        grad_columns *= column_gate
+    grad_input = patches_gradient(grad_columns, input, weight, *geometry) if needs[0] else None
+    return (grad_input, grad_weight, grad_a, grad_s, grad_c,
+            folded_grad_f if grad_f is None else grad_f)
 
 
 def blocks(bank: Tensor, batch: int) -> Iterator[Tuple[slice, slice]]:
     """Rows, and images within them, whose kernels fit the cache."""
     kernel_bytes = bank[0].numel() * bank.element_size()
-    images = min(batch, max(FEWEST_IMAGES, folded.BLOCK_BYTES // kernel_bytes))
+    images = min(batch, max(FEWEST_IMAGES, making.BLOCK_BYTES // kernel_bytes))
     for rows in row_blocks(bank, images):
         for block in slices(batch, images):
             yield rows, block

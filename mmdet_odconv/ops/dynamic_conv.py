@@ -1,23 +1,27 @@
 """The one function that every dynamic convolution layer calls."""
 import contextlib
+import contextvars
 import functools
 import math
+from types import ModuleType
 from typing import Dict, Iterator, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blocked import BlockedConv
-from .folded import FoldedConv, folded_conv2d, is_pointwise, output_size, unfolded_conv2d
-from .fused import FusedConv, serves
+from . import blocked, folded, fused, kernels, shared
+from .autograd import Planned, plain_conv2d
+from .convolution import (
+    is_pointwise,
+    is_traced,
+    machine_of,
+    output_size,
+    way_costs,
+)
+from .exported import exported_conv2d, is_exporting
 from .grouped import grouped_conv2d
-from .shared import SharedConv
-
-# Cost of moving an element of the patches (written, scaled, gathered again) or of a scaled map,
-# relative to one of the kernels; fitted to `benchmark.py plans`.
-PATCH_COST = 4
-MAP_COST = 4
+from .machine import Machine
 
 Size2d = Union[int, Tuple[int, int]]
 
@@ -59,13 +63,18 @@ def dynamic_conv2d(input: Tensor,
     Raises:
         ValueError: if a shape or the geometry is not one of those above.
     """
-    _check_shapes(input, weight, bias, groups, kernel_attention, spatial_attention,
-                  channel_attention, filter_attention)
-    stride, dilation = _pair('stride', stride, 1), _pair('dilation', dilation, 1)
-    input, padding = _resolve_padding(input, weight, stride, padding, dilation)
-    plan = _forced_plan or choose_plan(
-        input, weight, stride, padding, dilation, groups, kernel_attention, spatial_attention)
     attentions = (kernel_attention, spatial_attention, channel_attention, filter_attention)
+    traced = is_traced()
+    # A traced size has no hash.
+    checked = _checked_geometry.__wrapped__ if traced else _checked_geometry
+    stride, padding, dilation, widths = checked(
+        *(None if t is None else t.shape for t in (input, weight, bias, *attentions)),
+        *(n if isinstance(n, (int, str)) else tuple(n) for n in (stride, padding, dilation)),
+        groups)
+    if widths is not None:
+        input = F.pad(input, widths)
+    plan = 'plain' if traced else forced_plan() or choose_plan(
+        input, weight, stride, padding, dilation, groups, *attentions)
     geometry = stride, padding, dilation, groups
     device = input.device.type
     if device != 'meta' and torch.is_autocast_enabled(device) and input.dtype != torch.float64:
@@ -80,64 +89,63 @@ def dynamic_conv2d(input: Tensor,
     return output if bias is None else output + bias.to(output.dtype)[:, None, None]
 
 
-def _run(plan: str, input: Tensor, *arguments) -> Tensor:
-    if input.shape[0] == 0:
-        return _empty_batch(input, *arguments)
-    return PLANS[plan](input, *arguments)
+# 'plain' is for compilers and torch.func, 'grouped' for comparison: both are never the cheapest.
+PLANS: Dict[str, Optional[ModuleType]] = dict(
+    blocked=blocked, folded=folded, fused=fused, shared=shared, plain=None, grouped=None)
+_forced_plan: contextvars.ContextVar[Optional[str]] = contextvars.ContextVar('plan', default=None)
 
 
-def _folded(input, weight, a, s, c, f, stride, padding, dilation, groups) -> Tensor:
-    if _is_exporting():
-        return unfolded_conv2d(input, weight, a, s, c, f, stride, padding, dilation, groups)
-    if torch.compiler.is_compiling():
-        # The compiler fuses and saves what it likes.
-        return folded_conv2d(input, weight, a, s, c, f, stride, padding, dilation, groups)
-    return FoldedConv.apply(input, weight, a, s, c, f, stride, padding, dilation, groups)
+def _run(plan: str, *arguments) -> Tensor:
+    if is_exporting():
+        return exported_conv2d(*arguments)
+    if arguments[0].shape[0] == 0:
+        return _empty_batch(*arguments)
+    if plan == 'plain':
+        return plain_conv2d(*arguments)
+    if plan == 'grouped':
+        return grouped_conv2d(*arguments)
+    if _needs_gradients(*arguments[:6]):
+        return Planned.apply(PLANS[plan], *arguments)
+    return PLANS[plan].forward(*arguments)[0]
 
 
-def _blocked(input, weight, a, s, c, f, stride, padding, dilation, groups) -> Tensor:
-    if groups != 1:
-        raise ValueError(f"plan 'blocked' is for groups=1, got {groups}")
-    return BlockedConv.apply(input, weight, a, s, c, f, stride, padding, dilation)
+def _needs_gradients(*tensors: Optional[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _shared(input, weight, a, s, c, f, *geometry) -> Tensor:
-    if a is not None or s is not None:
-        raise ValueError("plan 'shared' is for a bank of one kernel without attention of its own, "
-                         f'got {len(weight)} with {"kernel" if s is None else "spatial"}_attention')
-    return SharedConv.apply(input, weight, a, s, c, f, *geometry)
-
-
-PLANS = dict(blocked=_blocked, folded=_folded, fused=FusedConv.apply, grouped=grouped_conv2d,
-             shared=_shared)
-_forced_plan: Optional[str] = None
+def forced_plan() -> Optional[str]:
+    """The plan of :func:`force_plan`, in this thread, or None."""
+    return _forced_plan.get()
 
 
 @contextlib.contextmanager
 def force_plan(plan: str) -> Iterator[None]:
-    """Run every :func:`dynamic_conv2d` inside by one plan; for tests and benchmarks.
+    """Run every :func:`dynamic_conv2d` inside by one plan, in this thread; for tests, benchmarks.
 
     Raises:
         ValueError: if there is no such plan.
     """
-    global _forced_plan
     if plan not in PLANS:
         raise ValueError(f'plan must be one of {sorted(PLANS)}, got {plan!r}')
-    before, _forced_plan = _forced_plan, plan
+    token = _forced_plan.set(plan)
     try:
         yield
     finally:
-        _forced_plan = before
+        _forced_plan.reset(token)
 
 
 def choose_plan(input: Tensor, weight: Tensor, stride, padding, dilation, groups: int,
-                kernel_attention=None, spatial_attention=None) -> str:
-    """The plan of least :func:`plan_costs`; on CUDA, Triton's in place of 'folded'."""
-    if torch.compiler.is_compiling() or _is_exporting():
-        return 'folded'
-    plan = _cheapest_plan(input.device.type == 'cpu', input.shape, weight.shape, stride, padding,
-                          dilation, groups, kernel_attention is None and spatial_attention is None)
-    return 'fused' if plan == 'folded' and serves(input) else plan
+                *attentions: Optional[Tensor]) -> str:
+    """The plan of least :func:`plan_costs`; on CUDA, Triton's in place of 'folded'.
+
+    The attentions are those of kernels, space, channels and filters.
+    """
+    is_cpu = input.device.type == 'cpu'
+    plan = _cheapest_plan(is_cpu, machine_of(input), input.element_size(),
+                          _needs_gradients(input, weight, *attentions), input.shape, weight.shape,
+                          stride, padding, dilation, groups,
+                          attentions[0] is None and attentions[1] is None)
+    return 'fused' if plan == 'folded' and not is_cpu and fused.serves(input) else plan
 
 
 @functools.lru_cache(maxsize=4096)
@@ -148,34 +156,50 @@ def _cheapest_plan(is_cpu: bool, *call) -> str:
     return min(costs, key=costs.get)
 
 
-def plan_costs(input_shape, weight_shape, stride, padding, dilation, groups: int,
-               kernel_is_shared: bool) -> Dict[str, float]:
-    """What each plan that can serve a call moves beside the convolution itself.
+def plan_costs(machine: Machine, element_size: int, training: bool, input_shape, weight_shape,
+               stride, padding, dilation, groups: int, kernel_is_shared: bool) -> Dict[str, float]:
+    """Seconds that each plan would take for a call, by the machine's roofline.
 
-    In elements of kernels, per image. With Cout * I elements in a kernel, I = Cin / groups * kh *
-    kw, and L output pixels: 'folded' moves the kernel; 'blocked' only a cached part of it at a
-    time, but patches, I * L, unless they are the pixels themselves; 'shared' scales both maps.
-    The first of equals is chosen.
+    With B images, kernels of K elements and L output pixels: 'folded' reads the bank, writes B
+    kernels and reads them again; 'blocked' reads the bank alone, but multiplies matrices, and
+    patches if the kernel is not 1x1; 'shared' convolves all images at once and scales both maps.
+    Training adds a backward pass: twice the flops, the kernels made again and their gradients
+    (by 'shared', the output again). The first of equals is chosen.
     """
+    batch, kernel = input_shape[0], math.prod(weight_shape[1:])
+    bank = kernel * weight_shape[0]
     height, width = output_size(input_shape, weight_shape, stride, padding, dilation)
-    out_channels, inner, pixels = weight_shape[1], math.prod(weight_shape[2:]), height * width
-    costs = {}
-    if groups == 1 and is_pointwise(weight_shape, stride, padding):
-        costs['blocked'] = out_channels * inner
-    elif groups == 1 and min(height, width) > 0:  # else conv2d refuses it, and says why
-        costs['blocked'] = PATCH_COST * inner * pixels
-    costs['folded'] = out_channels * inner
+    pixels = height * width
+    flops = 2 * batch * kernel * pixels
+
+    def seconds(convolving: float, elements: float, calls: int) -> float:
+        return convolving + elements * element_size / machine.bandwidth + calls * machine.overhead
+
+    if kernel_is_shared and min(height, width) <= 0:
+        return dict(folded=0.0)  # whose conv2d refuses it, and says why
+    ways = way_costs(machine, element_size, input_shape, weight_shape[1:], stride, padding,
+                     dilation, groups)
+    # Blocks of rows, each mixed and folded by a few calls.
+    calls = 3 * max(1, batch * kernel * element_size // kernels.BLOCK_BYTES)
+    costs = dict(folded=seconds((3 if training else 1) * min(ways.values()),
+                                bank + 2 * batch * kernel, calls))
+    if training:
+        costs['folded'] += seconds(0, 3 * bank + 4 * batch * kernel, 3 * calls)
+    if groups == 1 and min(height, width) > 0:
+        product, patches = flops / machine.product, 0.0
+        if not is_pointwise(weight_shape, stride, padding):
+            elements = batch * math.prod(weight_shape[2:]) * pixels
+            patches = elements * element_size / machine.patches
+        costs['blocked'] = seconds(product + patches, bank, calls)
+        if training:
+            costs['blocked'] += seconds(2 * (product + patches), 3 * bank, 3 * calls)
     if kernel_is_shared:
-        costs['shared'] = MAP_COST * (math.prod(input_shape[1:]) + out_channels * pixels)
+        once = flops / machine.convolution
+        maps = 2 * (math.prod(input_shape) + batch * weight_shape[1] * pixels)
+        costs['shared'] = seconds(once, maps, 3)
+        if training:
+            costs['shared'] += seconds(3 * once, 2 * maps, 9)
     return costs
-
-
-def _is_exporting() -> bool:
-    """Whether a graph is being drawn that batches of other sizes may run through."""
-    if torch.jit.is_tracing():
-        return True
-    is_exporting = getattr(torch.compiler, 'is_exporting', None)  # from torch 2.7 on
-    return is_exporting is not None and is_exporting()
 
 
 def _empty_batch(input, weight, a, s, c, f, stride, padding, dilation, groups) -> Tensor:
@@ -196,41 +220,49 @@ def _pair(name: str, value: Size2d, smallest: int) -> Tuple[int, int]:
     return pair
 
 
-def _resolve_padding(input, weight, stride, padding, dilation) -> Tuple[Tensor, Tuple[int, int]]:
+def _resolve_padding(kernel_size, stride, padding, dilation):
     """Numbers for 'same' and 'valid', as nn.Conv2d reads them; an odd 'same' pads the input."""
     if padding == 'valid':
-        return input, (0, 0)
+        return (0, 0), None
     if padding != 'same':
         if isinstance(padding, str):
             raise ValueError(f"padding must be numbers, 'same' or 'valid', got {padding!r}")
-        return input, _pair('padding', padding, 0)
+        return _pair('padding', padding, 0), None
     if stride != (1, 1):
         raise ValueError(f"padding='same' needs stride 1, got {stride}")
-    totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[3:])]
+    totals = [d * (k - 1) for d, k in zip(dilation, kernel_size)]
     if all(total % 2 == 0 for total in totals):
-        return input, tuple(total // 2 for total in totals)
+        return tuple(total // 2 for total in totals), None
     before = [total // 2 for total in totals]
     after = [total - first for total, first in zip(totals, before)]
-    return F.pad(input, (before[1], after[1], before[0], after[0])), (0, 0)
+    return (0, 0), (before[1], after[1], before[0], after[0])
 
 
-def _check_shapes(input, weight, bias, groups, kernel_attention, spatial_attention,
-                  channel_attention, filter_attention) -> None:
-    if input.dim() != 4:
-        raise ValueError(f'input must be 4-D (B, Cin, H, W), got shape {tuple(input.shape)}')
-    if weight.dim() != 5:
+@functools.lru_cache(maxsize=4096)
+def _checked_geometry(input, weight, bias, kernel_attention, spatial_attention, channel_attention,
+                      filter_attention, stride, padding, dilation, groups: int):
+    """Stride, padding and dilation as pairs, and widths to pad the input by first, or None.
+
+    The first seven arguments are the shapes of ``dynamic_conv2d``'s, None where there is none.
+    """
+    if len(input) != 4:
+        raise ValueError(f'input must be 4-D (B, Cin, H, W), got shape {tuple(input)}')
+    if len(weight) != 5:
         raise ValueError('weight must be a 5-D bank (n, Cout, Cin / groups, kh, kw), got shape '
-                         f'{tuple(weight.shape)}')
-    batch, in_channels = input.shape[:2]
-    bank_size, out_channels, group_channels, *kernel_size = weight.shape
+                         f'{tuple(weight)}')
+    batch, in_channels = input[:2]
+    bank_size, out_channels, group_channels, *kernel_size = weight
+    if min(groups, *kernel_size) < 1:
+        raise ValueError('groups and the size of the kernel must be at least 1, got '
+                         f'groups={groups} and a weight of shape {tuple(weight)}')
     if in_channels != group_channels * groups:
-        raise ValueError(f'weight of shape {tuple(weight.shape)} with groups={groups} needs an '
+        raise ValueError(f'weight of shape {tuple(weight)} with groups={groups} needs an '
                          f'input of {group_channels * groups} channels, got {in_channels}')
     if out_channels % groups:
-        raise ValueError(f'weight of shape {tuple(weight.shape)} has {out_channels} output '
+        raise ValueError(f'weight of shape {tuple(weight)} has {out_channels} output '
                          f'channels, which groups={groups} do not divide')
-    if bias is not None and bias.shape != (out_channels,):
-        raise ValueError(f'bias must have shape {(out_channels,)}, got {tuple(bias.shape)}')
+    if bias is not None and tuple(bias) != (out_channels,):
+        raise ValueError(f'bias must have shape {(out_channels,)}, got {tuple(bias)}')
     if bank_size > 1 and kernel_attention is None:
         raise ValueError(f'a bank of {bank_size} kernels needs kernel_attention of shape '
                          f'{(batch, bank_size)}, got None')
@@ -239,6 +271,9 @@ def _check_shapes(input, weight, bias, groups, kernel_attention, spatial_attenti
         spatial_attention=(spatial_attention, (batch, *kernel_size)),
         channel_attention=(channel_attention, (batch, in_channels)),
         filter_attention=(filter_attention, (batch, out_channels)))
-    for name, (attention, shape) in expected.items():
-        if attention is not None and attention.shape != shape:
-            raise ValueError(f'{name} must have shape {shape}, got {tuple(attention.shape)}')
+    for name, (found, shape) in expected.items():
+        if found is not None and tuple(found) != shape:
+            raise ValueError(f'{name} must have shape {shape}, got {tuple(found)}')
+    stride, dilation = _pair('stride', stride, 1), _pair('dilation', dilation, 1)
+    padding, widths = _resolve_padding(kernel_size, stride, padding, dilation)
+    return stride, padding, dilation, widths

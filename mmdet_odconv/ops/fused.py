@@ -5,45 +5,35 @@ is kept: under autocast it is never cast as a whole.
 """
 import functools
 import warnings
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
 
-from .folded import as_in_forward, convolution_gradients, convolve, differentiable_gradients, own
+from .convolution import convolution_gradients, convolve_images
 
 
-class FusedConv(torch.autograd.Function):
-    """Forward and backward of the plan; see :func:`~mmdet_odconv.ops.dynamic_conv2d`."""
+def forward(input, weight, kernel_attention, spatial_attention, channel_attention,
+            filter_attention, *geometry) -> Tuple[Tensor, None]:
+    """See :class:`~mmdet_odconv.ops.autograd.Planned`."""
+    from .triton_kernels import fold_kernels
+    kernels = fold_kernels(weight, kernel_attention, spatial_attention, channel_attention,
+                           filter_attention, geometry[-1], len(input), input.dtype)
+    return convolve_images(input, kernels, *geometry), None
 
-    @staticmethod
-    def forward(ctx, input, weight, kernel_attention, spatial_attention, channel_attention,
-                filter_attention, stride, padding, dilation, groups):
-        from .triton_kernels import fold_kernels
-        ctx.save_for_backward(input, weight, kernel_attention, spatial_attention,
-                              channel_attention, filter_attention)
-        ctx.geometry = stride, padding, dilation, groups
-        kernels = fold_kernels(weight, kernel_attention, spatial_attention, channel_attention,
-                               filter_attention, groups, len(input), input.dtype)
-        return own(convolve(input, kernels.flatten(0, 1), *ctx.geometry))
 
-    @staticmethod
-    @as_in_forward
-    def backward(ctx, grad):
-        if torch.is_grad_enabled():
-            return (*differentiable_gradients(ctx, grad, *ctx.geometry), None, None, None, None)
-        from .triton_kernels import fold_kernels, fold_kernels_backward
-        input, weight, *attentions = ctx.saved_tensors
-        groups = ctx.geometry[-1]
-        needs_kernels = any(ctx.needs_input_grad[1:6])
-        kernels = fold_kernels(weight, *attentions, groups, len(input), input.dtype)
-        grad_input, grad_kernels = convolution_gradients(
-            grad, input, kernels.flatten(0, 1), *ctx.geometry, ctx.needs_input_grad[0],
-            needs_kernels)
-        if not needs_kernels:
-            return (grad_input, *[None] * 9)
-        grads = fold_kernels_backward(grad_kernels.view(kernels.shape), weight, *attentions,
-                                      groups, ctx.needs_input_grad[1])
-        return (grad_input, *grads, None, None, None, None)
+def backward(grad, saved, needs, *geometry) -> Tuple[Optional[Tensor], ...]:
+    """See :class:`~mmdet_odconv.ops.autograd.Planned`."""
+    from .triton_kernels import fold_kernels, fold_kernels_backward
+    input, weight, *attentions, _ = saved
+    groups = geometry[-1]
+    kernels = fold_kernels(weight, *attentions, groups, len(input), input.dtype)
+    grad_input, grad_kernels = convolution_gradients(
+        grad, input, kernels, *geometry, needs[0], any(needs[1:]))
+    if grad_kernels is None:
+        return (grad_input, *[None] * 5)
+    grads = fold_kernels_backward(grad_kernels.contiguous(), weight, *attentions, groups, needs[1])
+    return (grad_input, *grads)
 
 
 def serves(input: Tensor) -> bool:

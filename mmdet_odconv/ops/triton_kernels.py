@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .folded import as_matrices, gate_gradients
+from .kernels import as_matrices, gate_gradients
 
 # Numbers of the bank that a thread holds, and as many of its gradient: two or three programs of
 # MAX_WARPS then share the registers of a multiprocessor (80 to 128 a thread, compiled for sm_90).

@@ -107,6 +107,8 @@ def test_recipe_is_the_published_one(name):
     annealing = [hook for hook in config.custom_hooks if hook.type == 'TemperatureAnnealingHook']
     assert annealing == ([] if is_static else [
         dict(type='TemperatureAnnealingHook', begin=30, end_epoch=10)])
+    model = build(config)
+    assert all(layer.init == 'he' for layer in model.modules() if isinstance(layer, DynamicConv2d))
     backbone, head = config.model.backbone, config.model.head
     assert backbone.get('frozen_stages', -1) == -1 and not backbone.get('norm_eval', False)
     assert head.get('dropout') == (None if is_static and not is_mobile else 0.2)

@@ -167,3 +167,17 @@ def test_nothing_is_refused_that_may_be_right():
     check(panoptic, num_classes=2)  # a bbox head knows things alone
     check(Fake(return_classes=True), num_classes=256)  # classes are named by text
     check(range(3), num_classes=7)
+
+
+def test_decay_that_does_not_reach_depthwise_dynamic_layers_is_said(monkeypatch):
+    said = []
+    monkeypatch.setattr('mmdet_odconv.engine.hooks.print_log',
+                        lambda message, logger, level: said.append(message))
+    config = dict(optim_wrapper=dict(paramwise_cfg=dict(dwconv_decay_mult=0.0)))
+    for groups, count in ((1, 0), (4, 1)):
+        model = nn.ModuleDict(dict(conv=ODConv2d(4, 4, 3, groups=groups)))
+        InputCheckHook().before_train(SimpleNamespace(
+            model=model, cfg=config, train_dataloader=SimpleNamespace(dataset=range(3))))
+        assert len(said) == count
+    assert said[0].startswith('paramwise_cfg.dwconv_decay_mult=0.0 does not reach 1 depthwise')
+    assert "custom_keys, such as {'conv.weight': dict(decay_mult=0.0)}" in said[0]

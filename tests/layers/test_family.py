@@ -3,6 +3,7 @@ import contextlib
 import copy
 import inspect
 import pickle
+import re
 import warnings
 
 import pytest
@@ -15,16 +16,31 @@ from reference import randomised
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmdet_odconv import CondConv2d, DCDConv2d, DyConv2d, InputError, ODConv2d, set_temperature
+from mmdet_odconv import (
+    CondConv2d,
+    DCDConv2d,
+    DyConv2d,
+    FDConv2d,
+    InputError,
+    ODConv2d,
+    set_temperature,
+)
 from mmdet_odconv.ops import force_plan
 
-LAYERS = [ODConv2d, DyConv2d, CondConv2d, DCDConv2d]
+LAYERS = [ODConv2d, DyConv2d, CondConv2d, DCDConv2d, FDConv2d]
 BANKED = [ODConv2d, DyConv2d, CondConv2d]
 every_layer = pytest.mark.parametrize('cls', LAYERS)
 
 
 def has(cls, argument):
     return argument in inspect.signature(cls).parameters
+
+
+def static_kernels(layer):
+    """The kernels of its bank, or the one of its spectrum."""
+    if isinstance(layer, FDConv2d):
+        return reference.spectrum_kernel(layer)[None]
+    return layer.weight
 
 
 @st.composite
@@ -66,17 +82,17 @@ def test_registered_in_the_root_registry_and_built_by_mmcv(cls):
     assert MODELS.get(cls.__name__) is cls
     module = ConvModule(8, 12, 3, padding=1, norm_cfg=dict(type='BN'),
                         conv_cfg=dict(type=cls.__name__))
-    bank = module.conv.weight
-    assert bank.shape[1:] == (12, 8, 3, 3)
+    assert static_kernels(module.conv).shape[1:] == (12, 8, 3, 3)
     # mmcv's initialiser would take the bank's first axis for the output channels.
     module.init_weights()
-    assert bank.std().item() == pytest.approx((2 / (12 * 9))**0.5, rel=0.1)
+    assert static_kernels(module.conv).std().item() == pytest.approx((2 / (12 * 9))**0.5, rel=0.1)
     assert module(torch.randn(2, 8, 6, 6)).shape == (2, 12, 6, 6)
 
 
 @pytest.mark.parametrize(('cls', 'default'), [
     (ODConv2d, dict(kernel_num=4, reduction=1 / 16)), (CondConv2d, dict(kernel_num=8)),
-    (DyConv2d, dict(kernel_num=4, reduction=1 / 4)), (DCDConv2d, dict(reduction=1 / 16))])
+    (DyConv2d, dict(kernel_num=4, reduction=1 / 4)), (DCDConv2d, dict(reduction=1 / 16)),
+    (FDConv2d, dict(kernel_num=64, reduction=1 / 16, local=True, fbm=True))])
 def test_constructor_is_that_of_conv2d_and_the_papers_defaults(cls, default):
     conv, ours = (inspect.signature(c).parameters for c in (nn.Conv2d, cls))
     positional = [p for p in ours.values() if p.kind is not p.KEYWORD_ONLY]
@@ -84,13 +100,14 @@ def test_constructor_is_that_of_conv2d_and_the_papers_defaults(cls, default):
         (p.name, p.default) for p in conv.values()]
     keywords = {name: p.default for name, p in ours.items() if name not in conv}
     keywords.pop('norm_cfg', None)
-    assert keywords == dict(temperature=1.0, **default)
+    assert keywords == dict(temperature=1.0, init='zero', **default)
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [
     (dict(kernel_num=0), 'kernel_num must be at least 1, got 0'),
     (dict(reduction=0), r'reduction must be in \(0, 1\], got 0'),
     (dict(reduction=1.5), r'reduction must be in \(0, 1\], got 1.5'),
+    (dict(init='xavier'), r"init must be one of \('zero', 'he'\), got 'xavier'"),
     (dict(temperature=0), 'temperature must be greater than 0, got 0'),
     (dict(temperature=float('nan')), 'temperature must be greater than 0, got nan'),
     (dict(groups=3), 'divisible by groups, got 8 and 12 with groups=3'),
@@ -171,7 +188,7 @@ def test_backward_under_autocast_of_a_float32_forward(cls, size, arguments):
         y = layer(x)
         with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
             y.square().sum().backward()
-        gradients.append(layer.weight.grad)
+        gradients.append(getattr(layer, layer.bank_name).grad)
     torch.testing.assert_close(*gradients)
 
 
@@ -204,7 +221,7 @@ def test_channels_last(cls):
 
 @pytest.mark.parametrize(('cls', 'arguments'), [
     (ODConv2d, dict(kernel_num=4)), (ODConv2d, dict(kernel_num=1)), (DyConv2d, {}),
-    (CondConv2d, {}), (DCDConv2d, {}), (DCDConv2d, dict(groups=8))])
+    (CondConv2d, {}), (DCDConv2d, {}), (DCDConv2d, dict(groups=8)), (FDConv2d, {})])
 @pytest.mark.parametrize('batch', [1, 2])
 def test_compiles_without_a_graph_break(cls, arguments, batch):
     layer = randomised(cls(8, 16, 3, **arguments)).train()
@@ -264,11 +281,20 @@ def test_weights_of_another_bank_are_refused(cls):
         cls(8, 12, 3, kernel_num=2).load_state_dict(cls(8, 12, 3, kernel_num=3).state_dict())
 
 
+def test_weights_that_an_fdconv_has_no_place_for():
+    layer = FDConv2d(8, 12, 3)
+    for state, found in ((nn.Conv2d(8, 12, 3).state_dict(), 'one static kernel'),
+                         (ODConv2d(8, 12, 3).state_dict(), 'a bank of kernel_num=4'),
+                         (FDConv2d(8, 8, 3).state_dict(), 'a spectrum')):
+        with pytest.raises(InputError, match=f'has a spectrum of kernel_num=64.* holds {found}, '):
+            layer.load_state_dict(state)
+
+
 def test_set_temperature():
     model = nn.Sequential(*(cls(4, 4, 3) for cls in LAYERS), nn.Conv2d(4, 4, 3),
                           nn.Sequential(ODConv2d(4, 4, 1)))
     set_temperature(model, 30)
-    assert [m.temperature for m in (*model[:4], model[-1][0])] == [30] * 5
+    assert [m.temperature for m in (*model[:len(LAYERS)], model[-1][0])] == [30] * (len(LAYERS) + 1)
     with pytest.raises(ValueError, match='temperature must be greater than 0, got -1'):
         set_temperature(model, -1)
 
@@ -363,8 +389,64 @@ def test_dcd_latent_widths_are_the_papers(arguments, p, q):
     assert (tuple(layer.p.shape), tuple(layer.q.shape)) == (p, q)
 
 
+@pytest.mark.parametrize('groups', [1, 2, 8])
+@every_layer
+def test_begins_with_the_same_kernel_for_all_images_and_learns_to_tell_them_apart(cls, groups):
+    layer = cls(8, 8, 3, padding=1, groups=groups).double()
+    x = torch.randn(3, 8, 7, 7).double() + torch.tensor([0.0, 1.0, 5.0])[:, None, None, None]
+    for begin in (lambda: None, layer.init_weights):
+        begin()
+        multiple = copy.deepcopy(layer.attention).reset_to_constant()
+        static = nn.functional.conv2d(x, multiple * layer.weight.mean(0), None, 1, 1, 1, groups)
+        torch.testing.assert_close(layer(x), static)
+        heads = [p for name, p in layer.attention.named_parameters() if re.search('._fc', name)]
+        assert heads and not any(p.any() for p in heads)
+        layer(x).square().sum().backward()
+        assert all(p.grad.any() for p in heads)
+        with torch.no_grad():
+            for p in heads:
+                p -= 1e-3 * p.grad
+        assert not torch.allclose(layer(x), static)
+
+
+def published(layer):
+    """The state that the releases give this layer, drawn afresh: bank first, attention after."""
+    state = copy.deepcopy(layer.state_dict())
+    for name, value in state.items():
+        if name == 'weight':
+            for kernel in value:
+                nn.init.kaiming_normal_(kernel, mode='fan_out', nonlinearity='relu')
+        elif name.startswith('attention') and value.dim() == 4:
+            nn.init.kaiming_normal_(value, mode='fan_out', nonlinearity='relu')
+        elif name.endswith('bias'):
+            value.zero_()
+    return state
+
+
+@pytest.mark.parametrize('groups', [1, 8])
+@pytest.mark.parametrize('cls', BANKED)
+def test_he_begins_as_published_to_the_last_bit(cls, groups):
+    torch.manual_seed(0)
+    layer = cls(8, 16, 3, groups=groups, init='he')
+    layer.init_weights()
+    torch.manual_seed(0)
+    for _ in range(2):  # by the constructor, and as MMEngine begins
+        drawn = published(layer)
+    assert all(torch.equal(value, drawn[name]) for name, value in layer.state_dict().items())
+    assert layer.attention.kernel_fc.weight.any()
+
+
+@every_layer
+def test_weights_compute_the_same_however_the_layer_began(cls):
+    zero, he = cls(8, 12, 3), cls(8, 12, 3, init='he')
+    he.load_state_dict(randomised(zero).state_dict())
+    x = torch.randn(2, 8, 6, 6)
+    for training in (False, True):
+        assert torch.equal(zero.train(training)(x), he.train(training)(x))
+
+
 def test_a_hotter_attention_is_more_uniform():
-    layer, average = DyConv2d(8, 12, 3), torch.randn(2, 8)
+    layer, average = DyConv2d(8, 12, 3, init='he'), torch.randn(2, 8)
     warm, hot = (layer.attention(average, t)['kernel_attention'] for t in (1, 1e4))
     torch.testing.assert_close(hot, torch.full((2, 4), 0.25), rtol=1e-2, atol=1e-3)
     assert (hot - 0.25).abs().max() < (warm - 0.25).abs().max()

@@ -42,7 +42,7 @@ def test_equals_reference_data(data, case, temperature, mode):
 
 def test_a_hosts_init_cfg_leaves_the_attention_as_released():
     from mmdet.models.necks import FPN  # its init_cfg is Xavier for every Conv2d
-    neck = FPN([64, 512], 64, 2, conv_cfg=dict(type='ODConv2d', kernel_num=2))
+    neck = FPN([64, 512], 64, 2, conv_cfg=dict(type='ODConv2d', kernel_num=2, init='he'))
     neck.init_weights()
     conv = neck.lateral_convs[1].conv
     assert conv.attention.fc.weight.std().item() == pytest.approx((2 / 32)**0.5, rel=0.05)
@@ -91,7 +91,7 @@ def test_one_image_per_device_uses_running_statistics_and_says_so_once():
     dict(type='GN'), dict(type='GN', num_groups=2), dict(type='LN'),
     dict(type='BN', momentum=0.01)])
 def test_other_norms_train_with_any_batch(norm_cfg):
-    layer = ODConv2d(8, 12, 3, norm_cfg=norm_cfg).train()
+    layer = ODConv2d(8, 12, 3, norm_cfg=norm_cfg, init='he').train()
     for batch in (1, 2):
         layer(torch.randn(batch, 8, 5, 5)).sum().backward()
     assert layer.attention.fc.weight.grad.abs().sum() > 0

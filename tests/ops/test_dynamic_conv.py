@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import reference
 import torch
@@ -5,8 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mmdet_odconv.ops import blocked, dynamic_conv2d, folded, force_plan
-from mmdet_odconv.ops.dynamic_conv import MAP_COST, PATCH_COST, PLANS, choose_plan, plan_costs
+from mmdet_odconv.ops import (
+    blocked,
+    dynamic_conv,
+    dynamic_conv2d,
+    folded,
+    force_plan,
+    kernels,
+    set_machine,
+)
+from mmdet_odconv.ops.dynamic_conv import PLANS, choose_plan, plan_costs
+from mmdet_odconv.ops.machine import NOMINAL, Machine
 
 # Triton's plan has tests of its own; a shared kernel needs other calls.
 PLANS = [plan for plan in PLANS if plan not in ('fused', 'shared')]
@@ -116,6 +127,8 @@ def test_wrong_shapes_are_told_apart(change, message):
     (dict(stride=0), 'stride must be one or two numbers of at least 1, got 0'),
     (dict(dilation=(1, 2, 3)), r'dilation must be one or two numbers .*, got \(1, 2, 3\)'),
     (dict(padding=-1), 'padding must be one or two numbers of at least 0, got -1'),
+    (dict(groups=0), 'must be at least 1, got groups=0'),
+    (dict(weight=torch.zeros(2, 6, 4, 0, 3)), r'at least 1, got .* \(2, 6, 4, 0, 3\)'),
 ])
 def test_wrong_geometry_is_one_sentence(change, message):
     test_wrong_shapes_are_told_apart(change, message)
@@ -145,7 +158,7 @@ def call_with_everything(batch=3, n=2, cin=4, cout=20, size=6, kernel=3):
 
 
 def test_chunks_of_images(monkeypatch):
-    monkeypatch.setattr(folded, 'BLOCK_BYTES', 0)
+    monkeypatch.setattr(kernels, 'BLOCK_BYTES', 0)
     monkeypatch.setattr(folded, 'CHUNK_BYTES', 0)  # one image
     call = call_with_everything()
     attentions = {name: value for name, value in call.items() if name.endswith('attention')}
@@ -159,7 +172,7 @@ def test_chunks_of_images(monkeypatch):
 @pytest.mark.parametrize('kept_pixels', [0, 10**6])
 @pytest.mark.parametrize('absent', [None, 'spatial_attention', 'filter_attention'])
 def test_blocks_of_rows_and_both_ways_to_the_filter_gradient(monkeypatch, n, kept_pixels, absent):
-    monkeypatch.setattr(folded, 'BLOCK_BYTES', 0)  # eight rows: three blocks of twenty
+    monkeypatch.setattr(kernels, 'BLOCK_BYTES', 0)  # eight rows: three blocks of twenty
     monkeypatch.setattr(blocked, 'KEPT_PIXELS', kept_pixels)
     monkeypatch.setattr(blocked, 'FEWEST_IMAGES', 2)  # blocks of two images and of one
     call = call_with_everything(n=n)
@@ -205,37 +218,69 @@ def test_second_derivatives(plan):
             tuple(call.values()))
 
 
+# One second for each flop of a convolution, each element moved, or each call; the rest is free.
+FREE = dict(convolution=1e30, grouped=1e30, product=1e30, patches=1e30, bandwidth=1e30,
+            overhead=1e-30)
+FLOPS, ELEMENTS, PATCHES, CALLS = (Machine(**{**FREE, **one}) for one in (
+    dict(convolution=1), dict(bandwidth=1), dict(patches=1), dict(overhead=1)))
+
+
 def test_costs_of_plans():
-    def costs(*call, shared=False, stride=1, padding=1, groups=1):
-        return plan_costs(*call, (stride, stride), (padding, padding), (1, 1), groups, shared)
+    def costs(machine, *call, training=False, shared=False, stride=1, padding=1, groups=1):
+        found = plan_costs(machine, 1, training, *call, (stride, stride), (padding, padding),
+                           (1, 1), groups, shared)
+        return {name: pytest.approx(cost, abs=1e-9) for name, cost in found.items()}
 
     maps, bank = (2, 64, 10, 12), (4, 32, 64, 3, 3)
-    kernel, patches = 32 * 64 * 9, 64 * 9 * 10 * 12
-    assert costs(maps, bank) == dict(blocked=PATCH_COST * patches, folded=kernel)
-    assert costs(maps, bank, stride=2)['blocked'] == PATCH_COST * patches / 4
-    assert costs(maps, bank, shared=True)['shared'] == MAP_COST * (64 + 32) * 10 * 12
-    assert costs(maps, (4, 32, 64, 1, 1), padding=0) == dict(blocked=32 * 64, folded=32 * 64)
-    assert costs(maps, (4, 64, 1, 3, 3), groups=64) == dict(folded=64 * 9)
-    assert 'blocked' not in costs((2, 64, 1, 1), bank, padding=0)
+    kernel, patches, pixels = 32 * 64 * 9, 2 * 64 * 9 * 120, 120
+    folded, blocked = 4 * kernel + 2 * 2 * kernel, 4 * kernel
+    assert costs(ELEMENTS, maps, bank) == dict(folded=folded, blocked=blocked)
+    assert costs(PATCHES, maps, bank)['blocked'] == patches
+    assert costs(PATCHES, maps, bank, stride=2)['blocked'] == patches / 4
+    assert costs(PATCHES, maps, bank, training=True)['blocked'] == 3 * patches
+    assert costs(PATCHES, maps, (4, 32, 64, 1, 1), padding=0)['blocked'] == 0
+    assert costs(ELEMENTS, maps, (4, 32, 64, 1, 1), padding=0)['blocked'] == 4 * 32 * 64
+    assert costs(ELEMENTS, maps, bank, training=True)['folded'] == (
+        folded + 3 * 4 * kernel + 4 * 2 * kernel)
+    assert costs(ELEMENTS, maps, bank, shared=True)['shared'] == 2 * 2 * (64 + 32) * pixels
+    flops = 2 * 2 * kernel * pixels
+    only_images = (1, *maps[1:])
+    assert costs(FLOPS, only_images, bank, shared=True) == dict(
+        folded=flops / 2, blocked=0, shared=flops / 2)
+    assert costs(FLOPS, only_images, bank, shared=True, training=True) == dict(
+        folded=3 * flops / 2, blocked=0, shared=4 * flops / 2)
+    assert set(costs(FLOPS, maps, (4, 64, 1, 3, 3), groups=64)) == {'folded'}
+    assert 'blocked' not in costs(FLOPS, (2, 64, 1, 1), bank, padding=0)
+    assert costs(CALLS, only_images, bank, shared=True)['shared'] == 3
 
 
-def test_plans():
+@pytest.fixture
+def set_to():
+    """Sets the machine, for one test."""
+    yield set_machine
+    set_machine(None)
+
+
+def test_plans(set_to):
     maps, small = torch.empty(2, 64, 48, 48), torch.empty(8, 512, 7, 7)
 
-    def plan(x, n=4, kernel=3, groups=1, **attentions):
+    def plan(x, n=4, kernel=3, groups=1, spatial=None):
         weight = torch.empty(n, x.shape[1], x.shape[1] // groups, kernel, kernel)
-        attentions = attentions or dict(kernel_attention=torch.empty(len(x), n))
-        return choose_plan(x, weight, (1, 1), (kernel // 2, ) * 2, (1, 1), groups, **attentions)
+        a = torch.empty(len(x), n) if n > 1 else None
+        return choose_plan(x, weight, (1, 1), (kernel // 2, ) * 2, (1, 1), groups, a, spatial,
+                           None, None)
 
-    assert plan(maps) == 'folded' and plan(maps, kernel=1) == 'blocked'
-    assert plan(small) == 'blocked' and plan(small, kernel=1) == 'blocked'
-    assert plan(small[:1]) == 'blocked' and plan(small, groups=512) == 'folded'
-    none, spatial = dict(kernel_attention=None), dict(spatial_attention=torch.empty(8, 3, 3))
-    assert plan(small, 1, **none) == 'shared' and plan(small, 1, 1, **none) == 'shared'
-    assert plan(maps, 1, **none) == 'folded' and plan(maps, 1, 1, **none) == 'blocked'
-    assert plan(small, 1, **spatial) == 'blocked'
+    set_to(NOMINAL)
+    assert plan(maps) == plan(maps[:1], kernel=1) == plan(small, groups=512) == 'folded'
+    assert plan(maps, 1) == 'folded' and plan(small, 1) == plan(small, 1, 1) == 'shared'
+    assert plan(small, 1, spatial=torch.empty(8, 3, 3)) != 'shared'
+    set_to(Machine(**{**vars(NOMINAL), 'product': 2 * NOMINAL.convolution}))
+    assert plan(maps, kernel=1) == plan(small) == 'blocked'
     with FakeTensorMode():
         assert plan(torch.empty(8, 512, 7, 7, device='cuda')) == 'folded'
+
+
+def test_plans_that_cannot_serve():
     with pytest.raises(ValueError, match=r"must be one of \['blocked', .*\], got 'fast'"):
         force_plan('fast').__enter__()
     with pytest.raises(ValueError, match="plan 'blocked' is for groups=1, got 4"), \
@@ -245,3 +290,48 @@ def test_plans():
             force_plan('shared'):
         dynamic_conv2d(torch.zeros(2, 4, 5, 5), torch.zeros(2, 4, 4, 3, 3),
                        kernel_attention=torch.zeros(2, 2))
+
+
+def test_a_plan_is_forced_in_one_thread():
+    with force_plan('blocked'), ThreadPoolExecutor(1) as threads:
+        assert threads.submit(dynamic_conv.forced_plan).result() is None
+        assert dynamic_conv.forced_plan() == 'blocked'
+
+
+@pytest.mark.parametrize('size', [6, 1])
+@pytest.mark.parametrize('groups', [1, 2])
+def test_torch_func(size, groups):
+    kernel = 3 if size > 1 else 1
+    call = call_with_everything(cin=4 // groups, cout=6, size=size, kernel=kernel)
+    call = {name: value.detach() for name, value in call.items()}
+    call['input'] = torch.randn(3, 4, size, size, dtype=torch.float64)
+    call['channel_attention'] = torch.randn(3, 4, dtype=torch.float64)
+
+    def loss(weight, input, *attentions):
+        return dynamic_conv2d(input, weight, None, 1, kernel // 2, 1, groups,
+                              **dict(zip(ATTENTIONS, attentions))).square().sum()
+
+    weight, input, *attentions = (call[name] for name in ('weight', 'input', *ATTENTIONS))
+    leaf = weight.clone().requires_grad_()
+    expected, = torch.autograd.grad(loss(leaf, input, *attentions), leaf)
+    grad = torch.func.grad(loss)(weight, input, *attentions)
+    torch.testing.assert_close(grad, expected)
+    singles = [tensor[:, None] for tensor in (input, *attentions)]
+    each = torch.func.vmap(torch.func.grad(loss), (None, *[0] * 5))(weight, *singles)
+    torch.testing.assert_close(each.sum(0), expected)
+    tangent = torch.randn_like(weight)
+    _, derivative = torch.func.jvp(lambda w: loss(w, input, *attentions), (weight, ), (tangent, ))
+    torch.testing.assert_close(derivative, (expected * tangent).sum())
+
+
+@pytest.mark.parametrize('plan', ['blocked', 'folded'])
+def test_channels_last_maps_of_a_pointwise_layer(plan):
+    call = call_with_everything(kernel=1, size=5)
+    last = {**call, 'input': call['input'].detach().to(memory_format=torch.channels_last)
+            .requires_grad_()}
+    with force_plan(plan):
+        reference.assert_same_with_gradients(dynamic_conv2d(**last), dynamic_conv2d(**last), last)
+        ours = torch.autograd.grad(dynamic_conv2d(**last).square().sum(), list(last.values()))
+        theirs = torch.autograd.grad(dynamic_conv2d(**call).square().sum(), list(call.values()))
+    for one, other in zip(ours, theirs):
+        torch.testing.assert_close(one, other)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from test_dynamic_conv import call_with_everything, calls
 
 from mmdet_odconv import ops
-from mmdet_odconv.ops import dynamic_conv2d, folded, force_plan, fused
+from mmdet_odconv.ops import dynamic_conv2d, force_plan, fused, kernels
 
 pytest.importorskip('triton', reason='Triton is not installed')
 
@@ -50,16 +50,16 @@ def operands(n, batch, groups, rows, channels, kernel, absent='', dtype=torch.fl
 
 def eager(weight, attentions, groups, batch):
     a, s, c, f = attentions
-    bank, gate, rows = folded.as_matrices(weight, s, c, f, groups)
+    bank, gate, rows = kernels.as_matrices(weight, s, c, f, groups)
 
     def backward(grad):
-        gradients = folded.KernelGradients(bank, a, gate, rows, batch, True)
+        gradients = kernels.KernelGradients(bank, a, gate, rows, batch, True)
         matrices = grad.clone().view(batch, *bank.shape[1:])
-        gradients.add(slice(None), slice(0, batch), matrices, folded.mix(bank, a, batch))
+        gradients.add(slice(None), slice(0, batch), matrices, kernels.mix(bank, a, batch))
         return gradients.of(weight, s, c, f)
 
-    kernels = folded.fold(folded.mix(bank, a, batch), gate, rows)
-    return kernels.reshape(batch, *weight.shape[1:]), backward
+    folded = kernels.fold(kernels.mix(bank, a, batch), gate, rows)
+    return folded.reshape(batch, *weight.shape[1:]), backward
 
 
 # More than one tile down and across and odd ends; groups; depthwise; a multiplier of channels.

@@ -26,6 +26,7 @@ def benchmark():
 @pytest.mark.parametrize(('name', 'static'), [
     ('faster-rcnn_od-mobilenet-v2-k4_fpn_1x_coco.py', None),
     ('faster-rcnn_od-r50-k4_fpn_1x_coco.py', 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'),
+    ('faster-rcnn_fd-r50_fpn_1x_coco.py', 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'),
     ('faster-rcnn_r50_odfpn-k1_1x_coco.py', 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'),
     ('rtmdet_tiny-odconv-k1_8xb32-300e_coco.py', 'rtmdet/rtmdet_tiny_8xb32-300e_coco.py'),
     ('yolox_tiny-odconv-k1_8xb8-300e_coco.py', 'yolox/yolox_tiny_8xb8-300e_coco.py')])

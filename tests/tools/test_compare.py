@@ -43,7 +43,17 @@ def test_runs_are_compared_once_and_a_failed_one_stops_none(root):
     assert dynamic['params'] > static['params'] and dynamic['gmadds'] > static['gmadds']
     table = (root / 'out/compare.md').read_text()
     assert '| r18 |' in table and '| od-r18-k1 |' in table
-    assert (root / 'out/compare.png').read_bytes().startswith(b'\x89PNG')
+    for picture in ('compare.png', 'curves.png'):
+        assert (root / 'out' / picture).read_bytes().startswith(b'\x89PNG')
+    assert static['difference'] is None and dynamic['difference'][2] == 2
+    assert ' ± ' in table.splitlines()[3].split('|')[4]
+
+    # The records alone make the same again.
+    record = json.loads((root / 'out/records/tiny_r18_seed0_2iterations.json').read_text())
+    assert [i for i, _ in record['curve']] == [1, 2] and record['images']['val'] == 4
+    digits.tool(root, 'analysis_tools/compare.py', '--redraw', 'out/records')
+    assert (root / 'out/records/compare.md').read_text() == table
+    assert (root / 'out/records/curves.png').is_file()
 
     # A finished run is not run again: its result is believed.
     finished = root / 'out/tiny_r18_seed0_2iterations'
@@ -56,6 +66,34 @@ def test_runs_are_compared_once_and_a_failed_one_stops_none(root):
     log = (interrupted / 'log.txt').read_text()
     assert 'resumed epoch: 0, iter: 2' in log
     assert log.count('Iter(train)') == 2  # and not longer than its budget
+
+
+def test_any_coco_directory_a_test_split_options_and_equal_time(root):
+    data = root / 'coco'
+    digits.tool(root, 'dataset_converters/digits.py', data, '--train', '4', '--val', '2', '--test',
+                '3', '--size', '96')
+    for path in (data / 'annotations').glob('*.json'):  # two classes, under COCO's names
+        content = json.loads(path.read_text())
+        content['categories'] = [dict(id=1, name='even'), dict(id=2, name='odd')]
+        for annotation in content['annotations']:
+            annotation['category_id'] = 1 + annotation['category_id'] % 2
+        path.with_name(f'instances_{path.stem}2017.json').write_text(json.dumps(content))
+        path.unlink()
+        (data / path.stem).rename(data / f'{path.stem}2017')
+    static = root / 'out/tiny_r18_coco_batch4_seed0_2iterations'
+    static.mkdir(parents=True)
+    (static / 'result.json').write_text(json.dumps({'map': 0.75, 'seconds': 1e-9}))
+    result = compare(root, 'tiny_r18.py', 'tiny_od-r18-k1.py,model.backbone.init=he', '--data',
+                     'coco', '--batch-size', '4', '--equal-time')
+    assert result.returncode == 0, result.stdout
+    name = 'tiny_od-r18-k1,init=he_coco_batch4_seed0_2iterations'
+    record = json.loads((root / f'out/records/{name}.json').read_text())
+    assert record['images'] == dict(train=4, val=2, test=3) and record['split'] == 'test'
+    assert record['options'] == {'model.backbone.init': 'he'} and record['batch_size'] == 4
+    config = (root / 'out' / name / 'config.py').read_text()
+    assert 'num_classes=2' in config and "init='he'" in config
+    # In the time of a static network that costs nothing, the least: one iteration.
+    assert '(1 iterations)' in (root / 'out/compare.md').read_text()
 
 
 def test_data_that_are_absent(tmp_path):

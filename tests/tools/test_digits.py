@@ -156,6 +156,18 @@ def test_train_and_val_use_disjoint_source_digits(digits, dataset):
             assert annotation['category_id'] == labels[annotation['source_digit']] + 1
 
 
+def test_a_test_split_has_source_digits_of_its_own(digits, dataset, tmp_path):
+    digits.main([str(tmp_path / 'three'), *SMALL, '--test', '4'])
+    assert contents(tmp_path / 'three/train') == contents(dataset / 'train')
+    _, labels, _ = digits.load_sources()
+    pools = {name: set(pool.tolist()) for name, pool in digits.split_digits(labels, True).items()}
+    assert sum(map(len, pools.values())) == 1797 and set.union(*pools.values()) == set(range(1797))
+    for name, pool in pools.items():
+        annotations = load_json(tmp_path / 'three', name)['annotations']
+        assert {annotation['source_digit'] for annotation in annotations} <= pool
+    assert len(list((tmp_path / 'three/test').glob('*.jpg'))) == 4
+
+
 def test_more_images_leave_the_first_ones_alone(digits, dataset, tmp_path):
     grown = tmp_path / 'grown'
     digits.main([str(grown), '--train', '8', '--val', '3', '--size', '96'])

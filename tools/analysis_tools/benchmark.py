@@ -2,22 +2,29 @@
 
     python benchmark.py layer --channels 256 --size 26 42 --batch 2
     python benchmark.py backbone ODResNet --depth 50 --batch 1 2 --size 416 672
+    python benchmark.py backbone ODResNet --layer FDConv2d --layer-options fbm=False
     python benchmark.py model torchvision.models.resnet50 --include 'layer.*conv.'
-    python benchmark.py detector faster-rcnn_od-r50-k4_fpn_1x_coco.py --size 416 672
+    python benchmark.py detector faster-rcnn_od-r50-k4_fpn_1x_coco.py --mode iteration
     python benchmark.py --suite
 
 Alternatives, interleaved round by round: ``static`` (nn.Conv2d), ``grouped`` (the formulation of
-the published code, a plan of dynamic_conv2d) and ``ours`` (the plan that dynamic_conv2d chooses).
-Milliseconds are medians over the rounds. 'saved' is the memory that autograd keeps for the
-backward pass beyond parameters, each storage counted once; 'peak', on CUDA, what a training step
-takes at most beyond what was there before it, the parameters of all alternatives.
+the published code, a plan of dynamic_conv2d; DCD has none) and ``ours`` (the plan that
+dynamic_conv2d chooses). Milliseconds are medians over the rounds. Modes: 'inference', a forward
+pass; 'training', a forward and a backward pass; 'iteration', of a detector, both with its losses
+on random boxes, and the step of its config's optimizer. 'saved' is the memory that autograd keeps
+for the backward pass beyond parameters, each storage counted once; 'peak', on CUDA, what a
+training step takes at most beyond what was there before it, the parameters of all alternatives;
+'reduced', the gradients that each GPU sends and receives in an iteration of a distributed run.
+
+On a CPU the process starts itself again with glibc's allocator told to keep freed memory
+(``--allocator settled``), as a GPU's does: else the first touch of each large temporary's pages
+is measured beside the work. ``--allocator both`` prints both kinds.
 """
 import argparse
 import contextlib
 import importlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,28 +38,47 @@ except ImportError:
     os.environ.setdefault('MMDET_ODCONV_LAYERS_ONLY', '1')
 
 import torch
+from mmengine.config import DictAction
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from mmdet_odconv.layers import ODConv2d
+from mmdet_odconv import layers
 from mmdet_odconv.ops import force_plan
+from mmdet_odconv.ops.machine import describe as describe_machine
 
-SUITE = [(name, kernel_num, batch, size)
+COCO, IMAGENET = (416, 672), (224, 224)
+SUITE = [('backbone', name, '--kernel-num', n, '--batch', batch, '--size', *size)
          for name in ('ODResNet', 'ODMobileNetV2')
-         for kernel_num, batch, size in ((4, 1, (416, 672)), (4, 2, (416, 672)), (1, 1, (416, 672)),
-                                         (1, 2, (416, 672)), (4, 16, (224, 224)))]
+         for n, batch, size in ((4, 1, COCO), (4, 2, COCO), (1, 1, COCO), (1, 2, COCO),
+                                (4, 16, IMAGENET))]
+SUITE += [('backbone', 'ODResNet', '--layer', layer, '--batch', 2, '--size', *COCO)
+          for layer in ('DyConv2d', 'CondConv2d', 'DCDConv2d')]
+SUITE += [('backbone', 'ODResNet', '--layer', 'FDConv2d', '--batch', 2, '--size', *COCO, *options)
+          for options in ((), ('--layer-options', 'fbm=False'),
+                          ('--layer-options', 'fbm=False', 'local=False'))]
+DETECTORS = [('detector', f'faster-rcnn_{name}_fpn_1x_coco.py', '--batch', batch, '--size', *COCO)
+             for name in ('od-r50-k4', 'od-r50-k1', 'od-mobilenet-v2-k4', 'od-mobilenet-v2-k1')
+             for batch in (1, 2)]
+DETECTORS += [('detector', f'faster-rcnn_od-r18-{k}_fpn_digits.py', '--batch', 4,
+               '--size', 192, 192) for k in ('k1', 'k4')]
+# Freed memory stays with the process, so that no page is touched for the first time twice.
+ALLOCATOR = dict(MALLOC_MMAP_THRESHOLD_=2**33, MALLOC_TRIM_THRESHOLD_=2**34, MALLOC_TOP_PAD_=2**28)
+MEGABYTES = ('saved', 'peak', 'reduced')
 DTYPES = {'fp32': None, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 
 
 class Case:
     """One model in its three guises, on one input."""
 
-    def __init__(self, label, static, dynamic, x, dtype, forward=None):
+    def __init__(self, label, static, dynamic, x, dtype, forward=None, step=None):
         self.label, self.x, self.dtype = label, x, dtype
         self.forward = forward or (lambda model, x: model(x))
+        self.step = step
         self.models = {'static': (static, None), 'grouped': (dynamic, 'grouped'),
                        'ours': (dynamic, None)}
+        if any(isinstance(module, layers.DCDConv2d) for module in dynamic.modules()):
+            del self.models['grouped']
 
     @contextlib.contextmanager
     def _plan(self, alternative):
@@ -82,6 +108,15 @@ class Case:
         with self._plan(alternative):
             outputs = self._outputs(model)
         torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+        return self._clock() - start
+
+    def iteration(self, alternative):
+        """Seconds of a training iteration of a detector, its optimizer's step included."""
+        model = self.models[alternative][0]
+        model.train()
+        start = self._clock()
+        with self._plan(alternative):
+            self.step(model)
         return self._clock() - start
 
     def saved_bytes(self, alternative):
@@ -129,12 +164,15 @@ class Case:
                 record['saved'] = self.saved_bytes(alternative) / 2**20
                 peak = self.peak_bytes(alternative)
                 record['peak'] = None if peak is None else peak / 2**20
+            if 'iteration' in modes:
+                parameters = self.models[alternative][0].parameters()
+                record['reduced'] = sum(p.numel() * p.element_size() for p in parameters
+                                        if p.requires_grad) / 2**20
             records.append(record)
         for record in records:
-            for other in ('static', 'grouped'):
-                base = next(r for r in records if r['alternative'] == other)
-                record[f'to_{other}'] = {
-                    key: record[key] / base[key] for key in (*modes, 'saved') if record.get(key)}
+            for base in records[:-1]:
+                record[f'to_{base["alternative"]}'] = {
+                    key: record[key] / base[key] for key in (*modes, *MEGABYTES) if record.get(key)}
         return records
 
 
@@ -159,22 +197,33 @@ def layer_case(args, batch, kernel_num):
     x = torch.randn(batch, args.channels, *args.size, device=args.device, requires_grad=True)
     arguments = (args.channels, args.out_channels or args.channels, args.kernel_size, args.stride,
                  args.kernel_size // 2, 1, args.groups, False)
-    label = f'{arguments[0]}->{arguments[1]} {args.kernel_size}x{args.kernel_size} k{kernel_num}'
-    return Case(describe(label, batch, args.size), nn.Conv2d(*arguments).to(args.device),
-                ODConv2d(*arguments, kernel_num=kernel_num).to(args.device), x, DTYPES[args.dtype])
+    conv_cfg = layer_config(args, kernel_num)
+    label = f'{arguments[0]}->{arguments[1]} {args.kernel_size}x{args.kernel_size}'
+    dynamic = getattr(layers, conv_cfg.pop('type'))(*arguments, **conv_cfg)
+    return Case(describe(label, batch, args.size, args, kernel_num),
+                nn.Conv2d(*arguments).to(args.device), dynamic.to(args.device), x,
+                DTYPES[args.dtype])
 
 
-def backbone_case(name, kernel_num, batch, size, device='cpu', dtype=None, depth=50, widen=1.0):
+def layer_config(args, kernel_num):
+    """``conv_cfg`` of --layer with its --layer-options."""
+    bank = {} if kernel_num is None else {'kernel_num': kernel_num}
+    return {'type': args.layer, **bank, **args.layer_options}
+
+
+def backbone_case(args, batch, kernel_num):
     import mmdet.models.backbones as static_backbones
 
     from mmdet_odconv import backbones
-    arguments = {'depth': depth} if 'ResN' in name else {'widen_factor': widen}
+    name, is_resnet = args.target, 'ResN' in args.target
+    arguments = {'depth': args.depth} if is_resnet else {'widen_factor': args.widen_factor}
     arguments['norm_eval'] = False
     static = getattr(static_backbones, name[len('OD'):])(**arguments)
-    dynamic = getattr(backbones, name)(kernel_num=kernel_num, **arguments)
-    x = torch.randn(batch, 3, *size, device=device)
-    label = f'{name[2:]}{depth if "ResN" in name else ""} k{kernel_num}'
-    return Case(describe(label, batch, size), static.to(device), dynamic.to(device), x, dtype)
+    dynamic = getattr(backbones, name)(conv_cfg=layer_config(args, kernel_num), **arguments)
+    x = torch.randn(batch, 3, *args.size, device=args.device)
+    label = f'{name[2:]}{args.depth if is_resnet else ""}'
+    return Case(describe(label, batch, args.size, args, kernel_num), static.to(args.device),
+                dynamic.to(args.device), x, DTYPES[args.dtype])
 
 
 def model_case(args, batch, kernel_num):
@@ -182,27 +231,44 @@ def model_case(args, batch, kernel_num):
     module, _, function = args.target.rpartition('.')
     build = getattr(importlib.import_module(module), function)
     static, dynamic = build(), build()
-    replaced = replace_convs(dynamic, args.include, dict(type='ODConv2d', kernel_num=kernel_num))
+    replaced = replace_convs(dynamic, args.include, layer_config(args, kernel_num))
     if not replaced:
         sys.exit(f'error: --include {args.include} matches no nn.Conv2d of {args.target}.')
     x = torch.randn(batch, 3, *args.size, device=args.device)
-    return Case(describe(f'{function} k{kernel_num}', batch, args.size), static.to(args.device),
+    return Case(describe(function, batch, args.size, args, kernel_num), static.to(args.device),
                 dynamic.to(args.device), x, DTYPES[args.dtype])
 
 
 def detector_case(args, batch):
-    """Backbone, neck and dense head of a config against the same with static convolutions."""
+    """A detector of a config against the same with static convolutions.
+
+    Forward and backward passes are of backbone, neck and dense head; an iteration is whole.
+    """
     from mmdet.registry import MODELS
+    from mmdet.testing import demo_mm_inputs
     from mmengine.config import Config
+    from mmengine.optim import build_optim_wrapper
     from mmengine.registry import DefaultScope
 
     from mmdet_odconv.engine.launch import find_config
     path = Path(args.target) if Path(args.target).exists() else find_config(args.target)
     DefaultScope.get_instance('benchmark', scope_name='mmdet')
-    config = Config.fromfile(path).model
-    dynamic = MODELS.build(config)
-    make_static(config)
-    static = MODELS.build(config)
+    config = Config.fromfile(path)
+    # Fine-tuning's frozen stages need pretrained weights, which are not at hand.
+    config.model.backbone.init_cfg = None
+    dynamic = MODELS.build(config.model)
+    make_static(config.model)
+    static = MODELS.build(config.model)
+    head = dynamic.bbox_head if not dynamic.with_roi_head else dynamic.roi_head.bbox_head
+    data = demo_mm_inputs(batch, [(3, *args.size)] * batch, num_items=[5] * batch,
+                          num_classes=head.num_classes, with_mask=hasattr(dynamic, 'mask_head'),
+                          device=args.device)
+    wrappers = {model: build_optim_wrapper(model, config.optim_wrapper)
+                for model in (static.to(args.device), dynamic.to(args.device))}
+    # Random weights on random boxes diverge at a rate made for trained ones.
+    for wrapper in wrappers.values():
+        for group in wrapper.optimizer.param_groups:
+            group['lr'] = 1e-8
     x = torch.randn(batch, 3, *args.size, device=args.device)
 
     def forward(model, x):
@@ -210,8 +276,8 @@ def detector_case(args, batch):
         dense = getattr(model, 'rpn_head', None) or model.bbox_head
         return [*levels, *(y for outputs in dense(levels) for y in outputs)]
 
-    return Case(describe(path.stem, batch, args.size), static.to(args.device),
-                dynamic.to(args.device), x, DTYPES[args.dtype], forward)
+    return Case(describe(path.stem, batch, args.size), static, dynamic, x, DTYPES[args.dtype],
+                forward, lambda model: model.train_step(data, wrappers[model]))
 
 
 def make_static(config):
@@ -228,7 +294,8 @@ def make_static(config):
 
     if DynamicBackbone in bases(config):
         config.type = bases(config)[bases(config).index(DynamicBackbone) + 1]
-        for argument in ('kernel_num', 'reduction'):
+        for argument in ('budget', 'kernel_num', 'reduction', 'init', 'dynamic_convs',
+                         'frozen_except'):
             config.pop(argument, None)
     for key, value in list(config.items()):
         if DynamicConv2d in bases(value):
@@ -239,7 +306,11 @@ def make_static(config):
                 make_static(part)
 
 
-def describe(label, batch, size):
+def describe(label, batch, size, args=None, kernel_num=None):
+    if args is not None:
+        label += '' if args.layer == 'ODConv2d' else f' {args.layer[:-len("2d")]}'
+        label += '' if kernel_num is None else f' k{kernel_num}'
+        label += ''.join(f' {name}={value}' for name, value in args.layer_options.items())
     return f'{label}, {batch}x{size[0]}x{size[1]}'
 
 
@@ -253,8 +324,7 @@ def cases(args):
             if args.kind == 'layer':
                 yield layer_case(args, batch, kernel_num)
             elif args.kind == 'backbone':
-                yield backbone_case(args.target, kernel_num, batch, args.size, args.device,
-                                    DTYPES[args.dtype], args.depth, args.widen_factor)
+                yield backbone_case(args, batch, kernel_num)
             else:
                 yield model_case(args, batch, kernel_num)
 
@@ -265,19 +335,20 @@ def measure(args, modes, console):
         yield from case.run(modes, args.rounds)
 
 
-def suite(args):
-    """Records of SUITE, each case in a process of its own: in a used heap the next is slower."""
-    for i, (name, kernel_num, batch, size) in enumerate(SUITE):
+def suite(args, modes):
+    """Records of the suite, each case in its own process: in a used heap the next is slower."""
+    cases = DETECTORS if 'iteration' in modes else SUITE
+    for i, case in enumerate(cases):
         out = args.out / 'suite' / str(i)
-        options = dict(kernel_num=kernel_num, batch=batch, mode=args.mode, device=args.device,
-                       dtype=args.dtype, rounds=args.rounds, out=out)
+        options = dict(mode=args.mode, device=args.device, dtype=args.dtype, rounds=args.rounds,
+                       allocator=args.allocator, out=out)
         if args.threads:
             options['threads'] = args.threads
-        command = [sys.executable, __file__, 'backbone', name, '--size', *map(str, size)]
+        command = [sys.executable, __file__, *map(str, case)]
         for option, value in options.items():
-            command += [f'--{option.replace("_", "-")}', str(value)]
+            command += [f'--{option}', str(value)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        print(f'{i + 1} of {len(SUITE)}', flush=True)
+        print(f'{i + 1} of {len(cases)}', flush=True)
         yield from json.loads((out / 'benchmark.json').read_text())['records']
 
 
@@ -285,26 +356,23 @@ def print_table(records, modes, machine, console):
     table = Table(title=f'Dynamic convolution, ratio to static: {machine}')
     table.add_column('case')
     table.add_column('alternative')
-    has_peak = any(record.get('peak') for record in records)
+    sizes = [key for key in MEGABYTES if any(record.get(key) for record in records)]
     for mode in modes:
         table.add_column(f'{mode}, ms', justify='right')
         table.add_column('to static', justify='right')
         table.add_column('to grouped', justify='right')
-    if 'training' in modes:
-        table.add_column('saved, MB', justify='right')
+    for key in sizes:
+        table.add_column(f'{key}, MB', justify='right')
         table.add_column('to static', justify='right')
-        if has_peak:
-            table.add_column('peak, MB', justify='right')
-    for i, record in enumerate(records):
-        row = [record['case'] if i % 3 == 0 else '', record['alternative']]
+    for record in records:
+        first, last = record['alternative'] == 'static', record['alternative'] == 'ours'
+        row = [record['case'] if first else '', record['alternative']]
         for mode in modes:
             row += [f'{record[mode]:.1f}', f'{record["to_static"][mode]:.2f}',
-                    f'{record["to_grouped"][mode]:.2f}']
-        if 'training' in modes:
-            row += [f'{record["saved"]:.0f}', f'{record["to_static"]["saved"]:.2f}']
-            if has_peak:
-                row.append(f'{record["peak"]:.0f}')
-        table.add_row(*row, end_section=i % 3 == 2)
+                    f'{record["to_grouped"][mode]:.2f}' if 'to_grouped' in record else '']
+        for key in sizes:
+            row += [f'{record[key]:.0f}', f'{record["to_static"][key]:.2f}']
+        table.add_row(*row, end_section=last)
     console.print(table)
 
 
@@ -314,16 +382,19 @@ def draw(records, modes, path):
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
     panels = [*modes, *(['saved'] if 'training' in modes else [])]
-    labels = [record['case'] for record in records[::3]]
+    labels = list(dict.fromkeys(record['case'] for record in records))
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 1.2 + 0.5 * len(labels)),
                                 sharey=True, squeeze=False, layout='constrained')
     titles = {'inference': 'inference, time', 'training': 'training step, time',
+              'iteration': "iteration with optimizer's step, time",
               'saved': 'memory saved for backward'}
+    names = {'grouped': 'published formulation', 'ours': 'this plugin'}
     for axis, panel in zip(axes.flat, panels):
         for offset, alternative, colour in ((-0.2, 'grouped', '#c2a35a'), (0.2, 'ours', '#1f6fd6')):
-            values = [r['to_static'][panel] for r in records if r['alternative'] == alternative]
-            bars = axis.barh([i + offset for i in range(len(values))], values, 0.38, color=colour,
-                             label=alternative)
+            values = {r['case']: r['to_static'][panel] for r in records
+                      if r['alternative'] == alternative}
+            bars = axis.barh([labels.index(case) + offset for case in values], values.values(),
+                             0.38, color=colour, label=names[alternative])
             axis.bar_label(bars, fmt='%.2f', fontsize=7, padding=2)
         axis.axvline(1, color='0.3', lw=1)
         axis.set(title=titles[panel], xlabel='ratio to static')
@@ -335,14 +406,35 @@ def draw(records, modes, path):
     plt.close(figure)
 
 
-def machine_name(device):
-    if device == 'cuda':
-        return f'{torch.cuda.get_device_name()}, torch {torch.__version__}'
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        info = Path('/proc/cpuinfo').read_text().splitlines()
-        model = next(line.split(':')[1].strip() for line in info if line.startswith('model name'))
-    return f'{model}, {torch.get_num_threads()} threads, torch {torch.__version__}'
+def machine_name(device, allocator):
+    """The machine in words, with its backends and, on a CPU, how memory is kept."""
+    device = torch.device(device)
+    if device.type == 'cuda':
+        return f'{describe_machine(device)}, cuDNN {torch.backends.cudnn.version()}'
+    backends = [name for name, backend in (('MKL', torch.backends.mkl),
+                                           ('oneDNN', torch.backends.mkldnn))
+                if backend.is_available()]
+    return f'{describe_machine(device)}, {" and ".join(backends)}, {allocator} allocator'
+
+
+def settle_allocator(args):
+    """Start this process again under ALLOCATOR if that is asked for and not so yet."""
+    if args.allocator != 'settled' or args.device != 'cpu' or not sys.platform.startswith('linux'):
+        return
+    settings = {name: str(value) for name, value in ALLOCATOR.items()}
+    if any(os.environ.get(name) != value for name, value in settings.items()):
+        print('Starting again with', *(f'{name}={value}' for name, value in settings.items()),
+              flush=True)
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **settings})
+
+
+def both_allocators():
+    """Run this command once with each kind of allocator; the exit status of the worse."""
+    asked = ('--allocator', 'both', '--allocator=both')
+    arguments = [arg for arg in sys.argv[1:] if arg not in asked]
+    environment = {name: value for name, value in os.environ.items() if name not in ALLOCATOR}
+    return max(subprocess.run([sys.executable, __file__, *arguments, '--allocator', kind],
+                              env=environment).returncode for kind in ('default', 'settled'))
 
 
 def parse_args():
@@ -351,13 +443,21 @@ def parse_args():
     parser.add_argument('kind', nargs='?', choices=['layer', 'backbone', 'model', 'detector'])
     parser.add_argument('target', nargs='?', help='backbone class, model function or config')
     parser.add_argument('--suite', action='store_true',
-                        help='OD-ResNet-50 and OD-MobileNetV2 at COCO and ImageNet sizes')
-    parser.add_argument('--mode', choices=['inference', 'training', 'both'], default='both')
+                        help='OD-ResNet-50 and OD-MobileNetV2 at COCO and ImageNet sizes and '
+                        'the other layers; with --mode iteration, whole detectors')
+    parser.add_argument('--mode', choices=['inference', 'training', 'both', 'iteration'],
+                        default='both')
+    parser.add_argument('--allocator', choices=['settled', 'default', 'both'], default='settled')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--dtype', choices=DTYPES, default='fp32', help='of autocast')
     parser.add_argument('--batch', type=int, nargs='+', default=[2])
     parser.add_argument('--size', type=int, nargs=2, default=(416, 672), metavar=('H', 'W'))
-    parser.add_argument('--kernel-num', type=int, nargs='+', default=[4])
+    parser.add_argument('--layer', default='ODConv2d', help='the dynamic convolution', choices=[
+        name for name in layers.__all__ if name.endswith('2d') and name != 'DynamicConv2d'])
+    parser.add_argument('--layer-options', nargs='+', action=DictAction, default={},
+                        help='more of its arguments, such as fbm=False')
+    parser.add_argument('--kernel-num', type=int, nargs='+',
+                        help="4 of ODConv2d if not given, or another layer's own")
     parser.add_argument('--depth', type=int, default=50, help='of a ResNet')
     parser.add_argument('--widen-factor', type=float, default=1.0, help='of a MobileNet')
     parser.add_argument('--include', default='.*', help='names of convolutions made dynamic')
@@ -371,22 +471,29 @@ def parse_args():
     parser.add_argument('--out', type=Path, default=Path('work_dirs/benchmark'),
                         help='directory of benchmark.json and benchmark.png')
     args = parser.parse_args()
+    if args.kernel_num is None:
+        args.kernel_num = [4 if args.layer == 'ODConv2d' else None]
     if not args.suite and args.kind is None:
         parser.error('say what to measure: layer, backbone, model, detector or --suite')
     if args.kind in ('backbone', 'model', 'detector') and args.target is None:
         parser.error(f'{args.kind} needs a target')
+    if args.mode == 'iteration' and args.kind not in ('detector', None):
+        parser.error('--mode iteration is for a detector or --suite')
     return args
 
 
 def main():
     args = parse_args()
+    if args.allocator == 'both':
+        sys.exit(both_allocators())
+    settle_allocator(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     modes = ['inference', 'training'] if args.mode == 'both' else [args.mode]
     # A table cut to a pipe's 80 columns could not be read.
     console = Console() if sys.stdout.isatty() else Console(width=150)
-    records = list(suite(args) if args.suite else measure(args, modes, console))
-    machine = machine_name(torch.device(args.device).type)
+    records = list(suite(args, modes) if args.suite else measure(args, modes, console))
+    machine = machine_name(args.device, args.allocator)
     print_table(records, modes, machine, console)
     args.out.mkdir(parents=True, exist_ok=True)
     result = {'machine': machine, 'records': records}

@@ -1,19 +1,34 @@
 """Trains detectors under one budget, with several seeds each, and sets their results side by side.
 
     python compare.py CONFIG... --seeds 0 1 2 --iterations 250 --jobs 2
+    python compare.py --redraw docs/results/NAME
 
-Each config is a path or the bare name of one of the plugin's; data, iterations, optimiser and
-schedule are equal, whatever a config says of them: a linear warm-up, a constant rate and, in the
-second half, a cosine. Where a config anneals its attention, it does so over the first third.
+Each config is a path or the bare name of one of the plugin's, with options of its own after
+commas: ``faster-rcnn_od-r18-k1_fpn_digits.py,model.backbone.init=he``. Data, iterations, optimiser
+and schedule are equal, whatever a config says of them: a linear warm-up, a constant rate and, in
+the second half, a cosine. Where a config anneals its attention, it does so over the first third.
+
+The first config is what the others are compared with: differences are paired by seed, with 95%
+intervals (Student's t), at equal iterations and, with --equal-time, also at equal training time:
+the dearer ones are trained once more, for as many iterations as the first one's time allows.
+
+Data are the config's, or any directory in COCO format (--data): annotations/{train,val,test}.json
+beside train/, val/ and test/, COCO's own names, or Roboflow's. val gives the curves and is what to
+choose by; the table reports on test, where there is one.
 
 A run that is finished is not run again and an interrupted one is resumed, so the same command
 goes on after a break, and with more configs or seeds it runs only what is new. A failed run is
-reported and does not stop the others. WORK_DIR receives compare.md, compare.json and compare.png.
+reported and does not stop the others. WORK_DIR receives compare.md, compare.json, compare.png and
+curves.png, and RECORDS one small file for each run, from which --redraw makes the same again.
 """
 import argparse
+import ast
+import collections
 import concurrent.futures
 import json
+import math
 import os
+import platform
 import re
 import statistics
 import subprocess
@@ -22,6 +37,7 @@ import threading
 from pathlib import Path
 
 import matplotlib
+import torch
 from get_model_stats import detector_stats
 from mmengine.config import Config
 from report import read_scalars
@@ -33,9 +49,14 @@ matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
 
 from mmdet_odconv import InputError  # noqa: E402
-from mmdet_odconv.engine.launch import find_config  # noqa: E402
+from mmdet_odconv.engine.comparison import (  # noqa: E402
+    equal_budget,
+    paired_difference,
+    use_data,
+)
+from mmdet_odconv.engine.launch import errors_explained, find_config  # noqa: E402
 
-TRAIN = Path(__file__).parents[1] / 'train.py'
+TOOLS = Path(__file__).parents[1]
 READING = threading.Lock()
 
 
@@ -45,111 +66,194 @@ def read_config(path):
         return Config.fromfile(path)
 
 
-def equal_budget(config, iterations, seed):
-    """The config, trained for so many iterations from this seed and evaluated at their end."""
-    annotations = Path(config.data_root) / config.train_dataloader.dataset.ann_file
-    if not annotations.is_file():
-        raise InputError(f'{annotations} does not exist: write the data first, '
-                         f'python tools/dataset_converters/digits.py {config.data_root}')
-    # By iteration, because MMEngine resumes an epoch at its beginning and would train longer.
-    config.train_cfg = dict(
-        type='IterBasedTrainLoop', max_iters=iterations, val_interval=iterations)
-    config.param_scheduler = [
-        dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0,
-             end=max(1, iterations // 10)),
-        dict(type='CosineAnnealingLR', by_epoch=False, begin=iterations // 2, end=iterations,
-             T_max=iterations - iterations // 2, eta_min=1e-6)
-    ]
-    config.randomness = dict(seed=seed)
-    config.resume = False
-    config.log_processor.by_epoch = False
-    config.default_hooks.checkpoint.update(
-        by_epoch=False, interval=max(1, iterations // 4), max_keep_ckpts=1)
-    for hook in config.get('custom_hooks', []):
-        if hook['type'] in ('TemperatureAnnealingHook', 'WarehouseWarmUpHook'):
-            images = len(json.loads(annotations.read_text())['images'])
-            epoch = -(-images // config.train_dataloader.batch_size)
-            hook['end_epoch'] = iterations / epoch / 3
-    return config
+def parse(value):
+    """An option's value: a number, True, False, None, or else the text itself."""
+    try:
+        return ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return value
 
 
-def run(config, directory, threads=1):
-    """Train and evaluate unless done: box mAP and seconds an iteration, or what went wrong."""
+class Entry:
+    """A config of the command line, with the options given after it."""
+
+    def __init__(self, place, text):
+        self.place = place  # the first is what the others are compared with
+        name, *options = text.split(',')
+        self.path = Path(name) if Path(name).is_file() else find_config(name)
+        self.options = {key: parse(value) for key, _, value in (o.partition('=') for o in options)}
+        self.name = ','.join([self.path.stem, *(
+            f'{key.rpartition(".")[2]}={value}' for key, value in self.options.items())])
+
+    def read(self, batch_size=None):
+        config = read_config(self.path)
+        config.merge_from_dict(self.options)
+        if batch_size:
+            config.train_dataloader.batch_size = batch_size
+        return config
+
+
+def cpu_name():
+    """The processor's own name, where Linux tells it."""
+    info = Path('/proc/cpuinfo')
+    found = re.search(r'model name\s*: (.+)', info.read_text()) if info.is_file() else None
+    return found.group(1) if found else platform.processor()
+
+
+def tool(name, *args, log, threads):
+    """Run a script of tools/, its output appended to ``log``."""
+    with log.open('a') as file:
+        subprocess.run([sys.executable, str(TOOLS / name), *map(str, args)], check=True,
+                       stdout=file, stderr=subprocess.STDOUT,
+                       env={**os.environ, 'OMP_NUM_THREADS': str(threads)})
+
+
+def run(config, directory, threads=1, tested=False):
+    """Train and evaluate unless done: box mAP, curves, seconds, or what went wrong."""
     result_file = directory / 'result.json'
     if result_file.is_file():
         return json.loads(result_file.read_text())
     directory.mkdir(parents=True, exist_ok=True)
     log = directory / 'log.txt'
+    last_checkpoint = directory / 'last_checkpoint'
     try:
         config.dump(directory / 'config.py')
         # mmdet's --resume forgets load_from, so it is for runs that have begun.
-        resume = ['--resume'] if (directory / 'last_checkpoint').is_file() else []
-        with log.open('a') as file:
-            subprocess.run(
-                [sys.executable, str(TRAIN), str(directory / 'config.py'), '--work-dir',
-                 str(directory), *resume], check=True, stdout=file, stderr=subprocess.STDOUT,
-                env={**os.environ, 'OMP_NUM_THREADS': str(threads)})
+        resume = ['--resume'] if last_checkpoint.is_file() else []
+        tool('train.py', directory / 'config.py', '--work-dir', directory, *resume, log=log,
+             threads=threads)
+        train, val = read_scalars(directory)
+        if not val or max(val) < config.train_cfg.max_iters:
+            return {'error': 'it was interrupted before its evaluation: remove '
+                    f'{directory} and run it again'}
+        # Time of the quietest logged window, 50 iterations: other work counts least.
+        result = {'map': val[max(val)]['coco/bbox_mAP'],
+                  'seconds': min(record['time'] for record in train.values()),
+                  'curve': [(i, val[i]['coco/bbox_mAP']) for i in sorted(val)],
+                  'loss': [(i, round(train[i]['loss'], 4)) for i in sorted(train)]}
+        if tested:
+            tool('test.py', directory / 'config.py', last_checkpoint.read_text().strip(),
+                 '--work-dir', directory / 'test', log=log, threads=threads)
+            metrics = json.loads(max((directory / 'test').glob('*/*.json')).read_text())
+            result['map'] = metrics['coco/bbox_mAP']
     except (OSError, subprocess.CalledProcessError) as error:
         last = [line for line in log.read_text().splitlines() if line] if log.is_file() else []
         return {'error': last[-1] if last else str(error)}
-    train, val = read_scalars(directory)
-    if not val:
-        return {'error': 'it was interrupted before its evaluation: remove '
-                f'{directory} and run it again'}
-    # Time of the quietest logged window, 50 iterations: other work on the machine counts least.
-    result = {'map': val[max(val)]['coco/bbox_mAP'],
-              'seconds': min(record['time'] for record in train.values())}
     partial = result_file.with_suffix('.tmp')
     partial.write_text(json.dumps(result))
     partial.replace(result_file)
     return result
 
 
-def run_named(path, seed, iterations, work_dir, threads):
-    """``run`` of one config with one seed, named in the result."""
-    directory = work_dir / f'{path.stem}_seed{seed}_{iterations}iterations'
+def run_entry(entry, seed, iterations, stats, args, budget='iterations'):
+    """The record of one config with one seed."""
+    batch = f'_batch{args.batch_size}' if args.batch_size else ''
+    data = f'_{args.data.resolve().name}' if args.data else ''
+    name = f'{entry.name}{data}{batch}_seed{seed}_{iterations}iterations'
+    record = {'config': entry.name, 'place': entry.place, 'options': entry.options, 'seed': seed,
+              'budget': budget, 'iterations': iterations}
     try:
-        result = run(equal_budget(read_config(path), iterations, seed), directory, threads)
+        config = entry.read(args.batch_size)
+        root = args.data or Path(config.data_root)
+        images = use_data(config, root)
+        equal_budget(config, iterations, seed, images['train'], args.evaluations)
+        result = run(config, args.work_dir / name, args.threads, 'test' in images)
     except Exception as error:  # whatever a config may raise, the other runs go on
         result = {'error': str(error)}
-    return {'config': path.stem, 'seed': seed, **result}
+    if 'error' not in result:
+        record.update(stats[entry.name], batch_size=config.train_dataloader.batch_size,
+                      data=root.resolve().name, images=images,
+                      split='test' if 'test' in images else 'val', cpu=cpu_name(),
+                      threads=args.threads, torch=torch.__version__)
+        records = args.records or args.work_dir / 'records'
+        records.mkdir(parents=True, exist_ok=True)
+        (records / f'{name}.json').write_text(json.dumps({**record, **result}) + '\n')
+    return {**record, **result}
 
 
-def summarise(results, paths):
-    """A row for each config: mean and spread of its runs' mAP, its size and its cost."""
+def size_of(entry):
+    """Parameters and multiply-adds of the whole detector."""
+    config = entry.read()
+    stats = detector_stats(config, config.get('image_size', (800, 1333)))
+    return {'params': round(stats['params'] / 1e6, 3), 'gmadds': round(stats['madds'] / 1e9, 4)}
+
+
+def affordable(records, entry, baseline, args):
+    """Iterations for which the first config's time suffices, in twentieths of the budget."""
+    seconds = {r['config']: r['seconds'] for r in records
+               if r['seed'] == args.seeds[0] and 'error' not in r}
+    if not {entry.name, baseline.name} <= seconds.keys():
+        return args.iterations
+    share = min(1, seconds[baseline.name] / seconds[entry.name])
+    return max(1, round(20 * share) * args.iterations // 20)
+
+
+def summarise(records):
+    """A row for each config, in the order of the records; differences are to the first."""
+    groups = collections.defaultdict(lambda: collections.defaultdict(dict))
+    for record in records:
+        if 'error' not in record:
+            groups[record['config']][record['budget']][record['seed']] = record
     rows = []
-    for path in paths:
-        runs = [r for r in results if r['config'] == path.stem and 'error' not in r]
+    baseline = {record['seed']: record['map'] for record in records
+                if record['place'] == 0 and 'error' not in record}
+    for name, budgets in groups.items():
+        runs = budgets['iterations']
         if not runs:
             continue
-        config = Config.fromfile(path)
-        stats = detector_stats(config, config.image_size)
-        scores = [r['map'] for r in runs]
+        scores = {seed: record['map'] for seed, record in runs.items()}
+        # What costs no more than the first has had no second training.
+        timed = {seed: record['map'] for seed, record in budgets['time'].items()} or scores
+        iterations = {record['iterations'] for record in (budgets['time'] or runs).values()}
+        any_run = next(iter(runs.values()))
+        others = any_run['place'] > 0
         rows.append({
-            'config': path.stem, 'seeds': sorted(r['seed'] for r in runs),
-            'map': statistics.mean(scores),
-            'spread': statistics.stdev(scores) if len(scores) > 1 else None,
-            'params': stats['params'] / 1e6, 'gmadds': stats['madds'] / 1e9,
-            'seconds': min(r['seconds'] for r in runs)})
+            'config': name, 'seeds': sorted(runs), 'map': statistics.mean(scores.values()),
+            'spread': statistics.stdev(scores.values()) if len(scores) > 1 else None,
+            'difference': paired_difference(scores, baseline) if others else None,
+            'at_equal_time': paired_difference(timed, baseline) if others else None,
+            'iterations_at_equal_time': max(iterations),
+            'params': any_run['params'], 'gmadds': any_run['gmadds'],
+            'seconds': min(record['seconds'] for record in runs.values())})
     return rows
 
 
 def short_name(row):
     """The backbone alone where the detector, neck and data are the same for all."""
-    return row['config'].split('_')[1]
+    stem, *options = row['config'].split(',')
+    parts = stem.split('_')
+    return ', '.join([parts[1] if len(parts) > 1 else stem, *options])
 
 
-def markdown(rows, args, threads):
-    lines = ['| backbone | box mAP | seeds | params, M | MAdds, G | s / iteration |',
-             '| --- | --- | --- | --- | --- | --- |']
+def signed(difference):
+    """Mean and 95% interval, '+0.012 ± 0.034'."""
+    if difference is None:
+        return ''
+    mean, half, _ = difference
+    return f'{mean:+.3f}' + ('' if math.isnan(half) else f' ± {half:.3f}')
+
+
+def markdown(rows, records):
+    timed = any(record['budget'] == 'time' for record in records)
+    titles = ['backbone', 'box mAP', 'seeds', 'to the first',
+              *(['at equal time'] if timed else []), 'params, M', 'MAdds, G', 's / iteration']
+    lines = [f'| {" | ".join(titles)} |', '|' + ' --- |' * len(titles)]
     for row in rows:
         spread = '' if row['spread'] is None else f' ± {row["spread"]:.3f}'
-        lines.append(f'| {short_name(row)} | {row["map"]:.3f}{spread} | '
-                     f'{", ".join(map(str, row["seeds"]))} | {row["params"]:.2f} | '
-                     f'{row["gmadds"]:.2f} | {row["seconds"]:.2f} |')
-    return '\n'.join([*lines, '', f'Whole detectors; ± is the standard deviation over seeds; '
-                      f'budget: {args.iterations} iterations; {args.jobs} runs at a time of '
-                      f'{threads} threads each.', ''])
+        equal_time = signed(row['at_equal_time'])
+        if equal_time:
+            equal_time += f' ({row["iterations_at_equal_time"]} iterations)'
+        lines.append(' | '.join([
+            f'| {short_name(row)}', f'{row["map"]:.3f}{spread}', ', '.join(map(str, row['seeds'])),
+            signed(row['difference']), *([equal_time] if timed else []), f'{row["params"]:.2f}',
+            f'{row["gmadds"]:.2f}', f'{row["seconds"]:.2f} |']))
+    done = next(r for r in records if 'error' not in r and r['budget'] == 'iterations')
+    images = ', '.join(f'{number} {split}' for split, number in done['images'].items())
+    return '\n'.join([
+        *lines, '', f'{done["iterations"]} iterations of {done["batch_size"]} images of '
+        f'{done["data"]} ({images} images); box mAP on {done["split"]}, ± its standard deviation '
+        'over seeds; differences are paired by seed, ± half their 95% interval (t). '
+        f'{done["cpu"]}, {done["threads"]} threads a run, torch {done["torch"]}.', ''])
 
 
 def draw(rows, path):
@@ -158,8 +262,9 @@ def draw(rows, path):
                 'kw': '#be185d', 'se': '#b45309'}
     panels = {}
     for row in rows:
-        family, _, rest = short_name(row).partition('-')
-        host = re.sub(r'-k\d+$', '', rest if family in families else short_name(row))
+        name = short_name(row).partition(',')[0]
+        family, _, rest = name.partition('-')
+        host = re.sub(r'-k\d+$', '', rest if family in families else name)
         panels.setdefault(host, []).append((families.get(family, '0.35'), row))
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.5), squeeze=False,
                                 layout='constrained')
@@ -182,38 +287,118 @@ def draw(rows, path):
     plt.close(figure)
 
 
+def draw_curves(records, path):
+    """Box mAP on val, and training loss, over iterations; bands are ± a standard deviation."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout='constrained')
+    names = dict.fromkeys(record['config'] for record in records)
+    for name in names:
+        runs = [record for record in records
+                if record['config'] == name and record['budget'] == 'iterations']
+        for axis, kind in zip(axes, ('curve', 'loss')):
+            points = collections.defaultdict(list)
+            for record in runs:
+                for iteration, value in record.get(kind, []):
+                    points[iteration].append(value)
+            x = sorted(points)
+            mean = [statistics.mean(points[i]) for i in x]
+            spread = [statistics.stdev(points[i]) if len(points[i]) > 1 else 0 for i in x]
+            line, = axis.plot(x, mean, marker='o' if kind == 'curve' else '', ms=3,
+                              label=short_name({'config': name}) if kind == 'curve' else None)
+            axis.fill_between(x, [m - s for m, s in zip(mean, spread)],
+                              [m + s for m, s in zip(mean, spread)], color=line.get_color(),
+                              alpha=0.15, lw=0)
+    axes[0].set(xlabel='iteration', ylabel='box mAP on val', ylim=(0, None))
+    axes[1].set(xlabel='iteration', ylabel='training loss')
+    figure.legend(loc='outside upper center', ncols=4, frameon=False)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def report(records, directory, console):
+    """Write the table and the pictures of these runs and print the table; whether all were done."""
+    rows = summarise(records)
+    failed = [record for record in records if 'error' in record]
+    if rows:
+        done = [record for record in records if 'error' not in record]
+        text = markdown(rows, done)
+        (directory / 'compare.md').write_text(text)
+        draw(rows, directory / 'compare.png')
+        draw_curves(done, directory / 'curves.png')
+        console.print(Markdown(text))
+    for record in failed:
+        console.print(f'{record["config"]}, seed {record["seed"]}, failed: {record["error"]}',
+                      style='red', markup=False, soft_wrap=True)
+    return rows, failed
+
+
+def train_all(args):
+    """Records of every config with every seed, in the order in which they were given."""
+    entries = [Entry(*numbered) for numbered in enumerate(args.configs)]
+    baseline, *others = entries
+    stats = {}
+    for entry in entries:
+        try:
+            stats[entry.name] = size_of(entry)
+        except Exception:  # the run itself says what is wrong
+            stats[entry.name] = {}
+    console = Console(stderr=True)
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+
+        def results(runs, description):
+            for _ in track(concurrent.futures.as_completed(runs), description=description,
+                           total=len(runs), console=console):
+                pass
+            return [done.result() for done in runs]
+
+        records = results([
+            pool.submit(run_entry, entry, seed, args.iterations, stats, args)
+            for seed in args.seeds for entry in entries], 'Runs')
+        if args.equal_time:
+            shorter = [(entry, affordable(records, entry, baseline, args)) for entry in others]
+            records += results([
+                pool.submit(run_entry, entry, seed, iterations, stats, args, 'time')
+                for seed in args.seeds for entry, iterations in shorter
+                if iterations < args.iterations], 'At equal time')
+    return records
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('configs', nargs='+', metavar='CONFIG')
+    parser.add_argument('configs', nargs='*', metavar='CONFIG[,KEY=VALUE...]')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0])
     parser.add_argument('--iterations', type=int, default=250, help='the budget of each run')
+    parser.add_argument('--equal-time', action='store_true',
+                        help='compare at equal training time, too')
+    parser.add_argument('--batch-size', type=int, help="images an iteration, if not the config's")
+    parser.add_argument('--data', type=Path, help='a directory in COCO format')
+    parser.add_argument('--evaluations', type=int, default=5, help='points of a curve')
     parser.add_argument('--jobs', type=int, default=1, help='runs at a time; they share the cores')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/compare'))
+    parser.add_argument('--records', type=Path, help='WORK_DIR/records if absent')
+    parser.add_argument('--redraw', type=Path, nargs='+', metavar='RECORDS',
+                        help='train nothing: write the tables and pictures of these runs again')
     args = parser.parse_args()
-    paths = [Path(config) if Path(config).is_file() else find_config(config)
-             for config in args.configs]
-    threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        runs = [pool.submit(run_named, path, seed, args.iterations, args.work_dir, threads)
-                for seed in args.seeds for path in paths]
-        results = [done.result() for done in track(
-            concurrent.futures.as_completed(runs), description='Runs', total=len(runs),
-            console=Console(stderr=True))]
+    if bool(args.configs) == bool(args.redraw):
+        parser.error('give configs to train, or --redraw with the records of runs')
     # Lines cut to a pipe's 80 columns could not be read.
     console = Console() if sys.stdout.isatty() else Console(width=150)
-    failed = [result for result in results if 'error' in result]
-    rows = summarise(results, paths)
-    if rows:
-        text = markdown(rows, args, threads)
-        (args.work_dir / 'compare.md').write_text(text)
-        (args.work_dir / 'compare.json').write_text(json.dumps(
-            {'iterations': args.iterations, 'rows': rows, 'failed': failed}, indent=1))
-        draw(rows, args.work_dir / 'compare.png')
-        console.print(Markdown(text))
-    for result in failed:
-        console.print(f'{result["config"]}, seed {result["seed"]}, failed: {result["error"]}',
-                      style='red', markup=False, soft_wrap=True)
+    with errors_explained():
+        if args.redraw:
+            for directory in args.redraw:
+                records = [json.loads(path.read_text()) for path in directory.glob('*.json')]
+                if not records:
+                    raise InputError(f'{directory} holds no record of a run.')
+                records.sort(key=lambda record: (record['place'], record['seed']))
+                report(records, directory, console)
+            return
+        cores = len(os.sched_getaffinity(0)) // args.jobs
+        args.threads = int(os.environ.get('OMP_NUM_THREADS', 0)) or max(1, cores)
+        records = train_all(args)
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    rows, failed = report(records, args.work_dir, console)
+    (args.work_dir / 'compare.json').write_text(json.dumps(
+        {'iterations': args.iterations, 'rows': rows, 'failed': failed}, indent=1))
     sys.exit(bool(failed))
 
 

@@ -38,7 +38,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmdet_odconv import InputError
 from mmdet_odconv.engine.launch import explain, find_config
 from mmdet_odconv.layers import DynamicConv2d
-from mmdet_odconv.ops import force_plan
+from mmdet_odconv.ops import force_plan, set_machine
+from mmdet_odconv.ops.machine import NOMINAL
 
 KINDS = ('convolution', 'attention', 'mixing', 'scaling', 'other')
 
@@ -94,8 +95,12 @@ def model_stats(model, forward):
             elementwise[name] = counter
             handles += [layer.attention.register_forward_hook(counter.see_attentions),
                         layer.register_forward_hook(counter.see_convolution)]
-    with torch.no_grad(), force_plan('grouped'), FlopCounterMode(display=False) as flops:
-        Root(model, forward)()
+    set_machine(NOMINAL)  # none whose convolutions go by matrix products, which others would count
+    try:
+        with torch.no_grad(), force_plan('grouped'), FlopCounterMode(display=False) as flops:
+            Root(model, forward)()
+    finally:
+        set_machine(None)
     for handle in handles:
         handle.remove()
     counts = {name: {str(op): count // 2 for op, count in ops.items()}

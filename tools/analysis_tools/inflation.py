@@ -16,11 +16,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from compare import equal_budget, read_config, run
+from compare import read_config, run
 from rich.console import Console
 from rich.markdown import Markdown
 
 from mmdet_odconv import InputError
+from mmdet_odconv.engine.comparison import equal_budget, use_data
 from mmdet_odconv.engine.launch import errors_explained, find_config
 
 TOOLS = Path(__file__).parents[1]
@@ -29,7 +30,8 @@ STATIC, DYNAMIC = (f'faster-rcnn_{name}_fpn_digits.py' for name in ('r18', 'od-r
 
 def train(config, iterations, seed, directory, threads, start=None):
     """Box mAP after this budget, from the detector ``start`` where one is given."""
-    config = equal_budget(config, iterations, seed)
+    images = use_data(config, Path(config.data_root))
+    equal_budget(config, iterations, seed, images['train'])
     if start is not None:
         config.load_from = str(start)
         config.optim_wrapper.optimizer.lr *= 0.3  # fine-tuning

@@ -18,6 +18,7 @@ from mmdet_odconv import backbones
 from mmdet_odconv.layers import DynamicConv2d
 from mmdet_odconv.ops import dynamic_conv2d, force_plan
 from mmdet_odconv.ops.dynamic_conv import PLANS, choose_plan, plan_costs
+from mmdet_odconv.ops.machine import NOMINAL
 
 
 def layer_calls(model, x):
@@ -56,10 +57,11 @@ def seconds(plan, mode, call, attentions):
 
 
 def candidates(call, attentions):
-    """Plans that can serve a call; 'grouped' can, but is there for comparison only."""
+    """Plans that can serve a call and may be chosen."""
     x, weight, *geometry = call
     is_shared = not {'kernel_attention', 'spatial_attention'} & set(attentions)
-    return [*plan_costs(x.shape, weight.shape, *geometry, is_shared), *['fused'] * x.is_cuda]
+    served = plan_costs(NOMINAL, 4, False, x.shape, weight.shape, *geometry, is_shared)
+    return [*served, *['fused'] * x.is_cuda]
 
 
 def measure(mode, call, attentions, rounds):
@@ -86,7 +88,8 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     table = Table(title=f'{args.mode}, ms')
-    columns = ['kernel_num', 'weight', 'input', 'stride', *sorted(set(PLANS) - {'grouped'}),
+    served = sorted(set(PLANS) - {'grouped', 'plain'})
+    columns = ['kernel_num', 'weight', 'input', 'stride', *served,
                'chosen', 'to the best']
     for column in columns:
         table.add_column(column)
@@ -98,8 +101,9 @@ def main():
             x = torch.randn(batch, 3, *args.size, device=args.device)
             for call, attentions in layer_calls(model, x):
                 times = measure(args.mode, call, attentions, args.rounds)
-                plan = choose_plan(*call, *(attentions.get(name) for name in (
-                    'kernel_attention', 'spatial_attention')))
+                with torch.set_grad_enabled(args.mode == 'training'):
+                    plan = choose_plan(*call, *(attentions.get(f'{name}_attention') for name in (
+                        'kernel', 'spatial', 'channel', 'filter')))
                 best = min(times.values())
                 chosen_total, best_total = chosen_total + times[plan], best_total + best
                 losses.append(times[plan] / best)

@@ -1,6 +1,7 @@
 """Write a small COCO detection and instance segmentation dataset without any download.
 
-    python digits.py OUT_DIR [--train 1000] [--val 200] [--size 192] [--seed 0] [--classification]
+    python digits.py OUT_DIR [--train 1000] [--val 200] [--test 0] [--size 192] [--seed 0]
+                     [--classification]
 
 The 1797 handwritten digits of ``sklearn.datasets.load_digits`` are composited onto random crops
 of the two photographs of ``sklearn.datasets.load_sample_images``. OUT_DIR receives::
@@ -11,7 +12,8 @@ and with ``--classification`` one digit an image, white on black, in a folder fo
 
     train/0/000001.jpg ...   val/0/000001.jpg ...   digits.json
 
-Train and val use disjoint source digits (see ``split_digits``) and share the two photographs. The
+Train and val use disjoint source digits (see ``split_digits``) and share the two photographs. With
+``--test`` a third split halves val's source digits, to report on what nothing was chosen by. The
 same options and library versions give the same bytes, and an image depends on the seed, its split
 and its number only, never on how many are asked for. ``digits.json`` holds the options, so that a
 second call with the same ones reuses the dataset; no other existing files are ever replaced.
@@ -34,7 +36,7 @@ from rich.progress import track
 MADE_BY = 'mmdet_odconv tools/dataset_converters/digits.py'
 DESCRIPTION = 'scikit-learn digits composited onto scikit-learn sample photographs'
 MARKER = 'digits.json'
-SPLITS = ('train', 'val')
+SPLITS = ('train', 'val', 'test')
 PLACEMENT_TRIES = 30
 
 
@@ -58,16 +60,21 @@ def load_sources():
     return (digits.images / 16).astype(np.float32), digits.target, photos
 
 
-def split_digits(labels):
+def split_digits(labels, has_test=False):
     """Return the source digit indices of each split: the last fifth of every class is val.
 
-    The digits are stored writer by writer, so a cut by position also keeps most writers apart.
+    Where there is a test split, it has the last tenth. The digits are stored writer by writer, so
+    a cut by position also keeps most writers apart.
     """
     by_class = [np.flatnonzero(labels == label) for label in range(10)]
-    return {
-        'train': np.concatenate([members[: len(members) * 4 // 5] for members in by_class]),
-        'val': np.concatenate([members[len(members) * 4 // 5 :] for members in by_class]),
-    }
+
+    def part(begin, end):
+        return np.concatenate([members[len(members) * begin // 10 : len(members) * end // 10]
+                               for members in by_class])
+
+    if has_test:
+        return {'train': part(0, 8), 'val': part(8, 9), 'test': part(9, 10)}
+    return {'train': part(0, 8), 'val': part(8, 10)}
 
 
 def crop_background(photos, size, rng):
@@ -153,7 +160,8 @@ def write_jpeg(path, image):
 def write_split(root, split, settings, sources):
     """Write the images and the annotation file of ``split`` under ``root``."""
     ink, labels, photos = sources
-    pool, size, seed = split_digits(labels)[split], settings['size'], settings['seed']
+    pool = split_digits(labels, 'test' in settings)[split]
+    size, seed = settings['size'], settings['seed']
     images, annotations = [], []
     (root / split).mkdir()
     console = Console(stderr=True)
@@ -181,7 +189,7 @@ def write_classes(root, split, settings, sources):
     ink, labels, _ = sources
     size, rng = settings['size'], np.random.default_rng([settings['seed'], SPLITS.index(split)])
     # Each source digit once, in random order, before any comes twice.
-    pool = rng.permutation(split_digits(labels)[split])
+    pool = rng.permutation(split_digits(labels, 'test' in settings)[split])
     for label in range(10):
         (root / split / str(label)).mkdir(parents=True)
     for index in range(settings[split]):
@@ -231,7 +239,7 @@ def describe(settings):
 def estimate_bytes(settings):
     """Return a generous estimate of the disk space of the dataset, in bytes."""
     # JPEGs take about half a byte per px; file system blocks and annotations come on top.
-    return (settings['train'] + settings['val']) * (settings['size'] ** 2 + 8192)
+    return sum(settings.get(split, 0) for split in SPLITS) * (settings['size'] ** 2 + 8192)
 
 
 def check_disk_space(out_dir, needed):
@@ -256,7 +264,7 @@ def write_dataset(out_dir, settings):
         else:
             write = write_split
             (partial / 'annotations').mkdir()
-        for split in SPLITS:
+        for split in filter(settings.__contains__, SPLITS):
             write(partial, split, settings, sources)
         (partial / MARKER).write_text(json.dumps(settings), encoding='utf-8')
         if out_dir.exists():
@@ -280,7 +288,8 @@ def make_dataset(out_dir, settings):
             f'Making {out_dir} failed with "{error.strerror or error}" and was undone: see that '
             f'its parent directory is writable and has about {needed / 1e6:.0f} MB free.'
         ) from error
-    return f'{out_dir} holds {settings["train"]} train and {settings["val"]} val images.'
+    images = [f'{settings[split]} {split}' for split in SPLITS if split in settings]
+    return f'{out_dir} holds {", ".join(images[:-1])} and {images[-1]} images.'
 
 
 def parse_args(argv=None):
@@ -289,13 +298,14 @@ def parse_args(argv=None):
     parser.add_argument('out_dir', metavar='OUT_DIR', type=Path, help='new or empty directory')
     parser.add_argument('--train', type=int, default=1000, help='number of train images')
     parser.add_argument('--val', type=int, default=200, help='number of val images')
+    parser.add_argument('--test', type=int, default=0, help='number of test images')
     parser.add_argument('--size', type=int, default=192, help='side of the square images in px')
     parser.add_argument('--seed', type=int, default=0, help='seed of every random choice')
     parser.add_argument('--classification', action='store_true',
                         help='one digit an image, a folder a class')
     args = parser.parse_args(argv)
     smallest = 32 if args.classification else 64
-    for name, minimum in {'train': 1, 'val': 1, 'size': smallest, 'seed': 0}.items():
+    for name, minimum in {'train': 1, 'val': 1, 'test': 0, 'size': smallest, 'seed': 0}.items():
         if getattr(args, name) < minimum:
             parser.error(f'--{name} must be at least {minimum}')
     return args
@@ -305,8 +315,9 @@ def main(argv=None):
     """Run the command line; every expected failure is one sentence and exit status 1."""
     args = parse_args(argv)
     settings = {'made_by': MADE_BY, **vars(args)}
-    if not settings['classification']:
-        del settings['classification']  # so that datasets made before there was it are reused
+    for name in ('classification', 'test'):
+        if not settings[name]:
+            del settings[name]  # so that datasets made before there was it are reused
     out_dir = settings.pop('out_dir').resolve()
     try:
         print(make_dataset(out_dir, settings))

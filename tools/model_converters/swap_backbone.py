@@ -3,9 +3,9 @@
     python swap_backbone.py CONFIG [--checkpoint static.pth] [--out dynamic.py]
 
 CONFIG is a file or mmdet::NAME. ResNet, ResNetV1d, ResNeXt and MobileNetV2 become ODResNet and so
-on; another backbone gets ODConv2d by conv_cfg if it takes one. With --checkpoint, the static
-detector's weights are converted beside the config, which loads them; without, ImageNet weights
-that the config starts from are converted when training starts.
+on, of ODConv or of another --layer; another backbone gets it by conv_cfg if it takes one. With
+--checkpoint, the static detector's weights are converted beside the config, which loads them;
+without, ImageNet weights that the config starts from are converted when training starts.
 """
 import argparse
 import os
@@ -21,6 +21,8 @@ from mmdet_odconv.checkpoints.swapping import (
     build_model,
     converted,
     dynamic_config,
+    layer_config,
+    layer_name,
     locate_config,
     swap_backbone,
 )
@@ -43,21 +45,24 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('config', metavar='CONFIG', help='a file, or mmdet::NAME')
     parser.add_argument('--checkpoint', help='of the static detector, converted to OUT.pth')
-    parser.add_argument('--out', type=Path, help='config to write; NAME_odconv-kN.py if not given')
-    parser.add_argument('--kernel-num', type=int, default=4, help='number of kernels in each bank')
+    parser.add_argument('--layer', default='ODConv2d', help='e.g. FDConv2d; ODConv2d if not given')
+    parser.add_argument('--out', type=Path, help='config to write; NAME_LAYER-kN.py if not given')
+    parser.add_argument('--kernel-num', type=int,
+                        help="number of kernels in each bank; the layer's own if not given")
     parser.add_argument('--force', action='store_true', help='replace outputs that exist')
     parser.add_argument('--seed', type=int, default=0, help='of what the static weights leave free')
     args = parser.parse_args()
-    if args.kernel_num < 1:
+    if args.kernel_num is not None and args.kernel_num < 1:
         parser.error(f'--kernel-num must be at least 1, got {args.kernel_num}')
     with errors_explained():
         path, base = locate_config(args.config)
-        out = args.out or Path(f'{path.stem}_odconv-k{args.kernel_num}.py')
+        conv_cfg = layer_config(args.layer, args.kernel_num)
+        out = args.out or Path(f'{path.stem}_{layer_name(conv_cfg)}.py')
         weights = out.with_suffix('.pth')
         refuse_outputs(args, path, out, weights)
         config = Config.fromfile(path)
         changes = swap_backbone(config, args.kernel_num,
-                                None if args.checkpoint else 'StaticPretrained')
+                                None if args.checkpoint else 'StaticPretrained', args.layer)
         if '::' not in base:
             base = os.path.relpath(base, out.resolve().parent)
         text = dynamic_config(config, base, changes, weights if args.checkpoint else None)

@@ -1,0 +1,11 @@
+_base_ = '../_base_/mask-rcnn_adamw-ms_1x.py'
+
+# Every convolution but the first is dynamic, as in the ODConv paper's comparison. ImageNet weights
+# trained with MMPretrain, saved to checkpoints/ (see the README).
+model = dict(
+    backbone=dict(
+        type='DyResNet',
+        kernel_num=4,
+        dynamic_convs='layer.*',
+        init_cfg=dict(
+            type='Pretrained', checkpoint='checkpoints/dy_resnet50_4x.pth', prefix='backbone.')))

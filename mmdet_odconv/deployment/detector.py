@@ -1,0 +1,326 @@
+"""A detector of MMDetection as a function of tensors: an image in, boxes, scores and labels out.
+
+It computes what the detector's own ``predict`` does for one image, without its Python objects and
+without branches on values, so that a graph drawn on one image is right for every other. Only
+detectors that are known to predict so are taken; any other is refused by the name of the part.
+"""
+from typing import List, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from mmcv.ops import RoIAlign
+from mmdet.models import (
+    BBoxHead,
+    CascadeRoIHead,
+    FCNMaskHead,
+    RPNHead,
+    SingleRoIExtractor,
+    SingleStageDetector,
+    StandardRoIHead,
+    TwoStageDetector,
+    YOLOXHead,
+)
+from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
+from torch import Tensor, nn
+from torch.onnx.operators import shape_as_tensor
+
+from ..errors import InputError
+from .operators import nms, roi_align
+
+DENSE_METHODS = ('predict', 'predict_by_feat', '_predict_by_feat_single', '_bbox_post_process')
+# Parts, with the classes whose way to predict is known here, by the methods that say it.
+KNOWN = {
+    'detector': ((TwoStageDetector, ('predict', )), (SingleStageDetector, ('predict', ))),
+    'rpn_head': ((RPNHead, DENSE_METHODS), ),
+    'bbox_head': ((BaseDenseHead, DENSE_METHODS), (YOLOXHead, (*DENSE_METHODS, '_bbox_decode'))),
+    'roi_head': (
+        (StandardRoIHead, ('predict', 'predict_bbox', 'predict_mask', '_bbox_forward',
+                           '_mask_forward')),
+        (CascadeRoIHead, ('predict', 'predict_bbox', 'predict_mask', '_bbox_forward',
+                          '_mask_forward', '_refine_roi'))),
+    'roi_head.bbox_head': ((BBoxHead, ('predict_by_feat', '_predict_by_feat_single',
+                                       'regress_by_class')), ),
+    'roi_head.mask_head': ((FCNMaskHead, ('predict_by_feat', '_predict_by_feat_single')), ),
+    'roi_head.roi_extractor': ((SingleRoIExtractor, ('forward', 'map_roi_levels')), ),
+}
+
+
+class TensorDetector(nn.Module):
+    """The function of tensors that a detector is at inference.
+
+    Args:
+        model: a detector, in evaluation mode, of two stages (Faster, Mask and Cascade R-CNN) or of
+            one whose head predicts as MMDetection's :class:`BaseDenseHead` or YOLOX's does.
+        normalize: whether the image is as it was read, BGR values from 0 to 255, and normalising
+            it is part of the function; otherwise it is normalised already.
+
+    Raises:
+        InputError: with the name of the part, if it predicts in a way that is not known here.
+        ValueError: if the model is in training mode.
+    """
+
+    def __init__(self, model: nn.Module, normalize: bool = False) -> None:
+        super().__init__()
+        if any(module.training for module in model.modules() if list(module.children())):
+            raise ValueError('The detector is in training mode: call model.eval() first.')
+        _check('detector', model)
+        self.model = model
+        self.normalize = normalize
+        self.two_stages = isinstance(model, TwoStageDetector)
+        if self.two_stages:
+            if not (model.with_rpn and model.with_roi_head):
+                raise InputError(f'{type(model).__name__} has no rpn_head or no roi_head, and '
+                                 'cannot be exported without.')
+            _check_head('rpn_head', model.rpn_head)
+            _check_roi_head(model.roi_head)
+        else:
+            _check_head('bbox_head', model.bbox_head)
+        self.output_names = ['boxes', 'scores', 'labels']
+        if self.two_stages and model.roi_head.with_mask:
+            self.output_names.append('masks')
+        self.eval()  # itself too: an exporter puts the whole back into the mode that it found
+
+    def forward(self, image: Tensor) -> Tuple[Tensor, ...]:
+        """Detect in one image.
+
+        Args:
+            image: (1, 3, H, W), resized; it is padded here to what the backbone needs.
+
+        Returns:
+            Of N detections, by falling score, their boxes (N, 4) as x1, y1, x2, y2 in pixels of
+            the image, scores (N,), labels (N,) and, where there is a mask head, the probability of
+            each pixel of a grid over each box, (N, h, w).
+        """
+        size = shape_as_tensor(image)[2:]
+        limit = size[[1, 0, 1, 0]].to(image.dtype)
+        maps = self.model.extract_feat(self._padded(self._normalized(image)))
+        if not self.two_stages:
+            return self._detect_densely(self.model.bbox_head, maps, limit)
+        proposals, _, _ = self._detect_densely(self.model.rpn_head, maps, limit)
+        head = self.model.roi_head
+        if isinstance(head, CascadeRoIHead):
+            boxes, scores, labels = self._detect_in_cascade(head, maps, proposals, limit)
+        else:
+            rois = as_rois(proposals)
+            logits, deltas = head.bbox_head(self._pooled(head.bbox_roi_extractor, maps, rois, head))
+            boxes, scores, labels = select_classes(
+                logits.softmax(-1), decode_classes(head.bbox_head, rois, deltas, limit),
+                head.test_cfg)
+        if not head.with_mask:
+            return boxes, scores, labels
+        return boxes, scores, labels, self._masks(head, maps, boxes, labels)
+
+    def _normalized(self, image: Tensor) -> Tensor:
+        if not self.normalize:
+            return image
+        preprocessor = self.model.data_preprocessor
+        if preprocessor._channel_conversion:
+            image = image.flip(1)
+        if preprocessor._enable_normalize:
+            image = (image - preprocessor.mean) / preprocessor.std
+        return image
+
+    def _padded(self, image: Tensor) -> Tensor:
+        divisor = getattr(self.model.data_preprocessor, 'pad_size_divisor', 1)
+        if divisor == 1:
+            return image
+        below, right = (-image.shape[2] % divisor, -image.shape[3] % divisor) if isinstance(
+            image.shape[2], int) and not torch.jit.is_tracing() else (
+                (divisor - n % divisor) % divisor for n in image.shape[2:])
+        return F.pad(image, (0, right, 0, below), value=self.model.data_preprocessor.pad_value)
+
+    @staticmethod
+    def _detect_densely(head: nn.Module, maps: Tuple[Tensor, ...],
+                        limit: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """Detections of a dense head; of an RPN, the labels are levels."""
+        outputs = head(maps)
+        sizes = [level.shape[2:] for level in outputs[0]]
+        is_yolox, is_rpn = isinstance(head, YOLOXHead), isinstance(head, RPNHead)
+        priors = head.prior_generator.grid_priors(
+            sizes, dtype=maps[0].dtype, device=maps[0].device,
+            **(dict(with_stride=True) if is_yolox else {}))
+        levels = [[as_rows(level, width) for level in output] for output, width in zip(
+            outputs, (head.cls_out_channels, 4, 1))]
+        if is_yolox:
+            logits, deltas, objectness = (torch.cat(level) for level in levels)
+            scores, labels = logits.sigmoid().max(1)
+            scores = scores * objectness.sigmoid()[:, 0]
+            boxes = head._bbox_decode(torch.cat(priors), deltas[None])[0]
+            keep = (scores >= head.test_cfg.score_thr).nonzero()[:, 0]
+            return suppress(boxes[keep], scores[keep], labels[keep], head.test_cfg)
+        found = []
+        for i, (logits, deltas, *factors) in enumerate(zip(*levels)):
+            scores = logits.sigmoid() if head.use_sigmoid_cls else logits.softmax(-1)[:, :-1]
+            classes = scores.shape[1]
+            scores, best = top(scores.flatten(), head.test_cfg.get('nms_pre', -1))
+            rows = torch.div(best, classes, rounding_mode='floor')
+            boxes = clipped(head.bbox_coder, head.bbox_coder.decode(priors[i][rows], deltas[rows]),
+                            limit)
+            labels = torch.full_like(best, i) if is_rpn else best - rows * classes
+            # The threshold is on the score before the factor that ranks it.
+            threshold = None if is_rpn else head.test_cfg.get('score_thr', 0)
+            candidate = torch.ones_like(scores) if threshold is None else (scores > threshold)
+            if factors:
+                scores = scores * factors[0][rows, 0].sigmoid()
+            found.append((boxes, scores, labels, candidate.bool()))
+        boxes, scores, labels, candidate = (torch.cat(parts) for parts in zip(*found))
+        smallest = head.test_cfg.get('min_bbox_size', -1)
+        if smallest >= 0:
+            sides = boxes[:, 2:] - boxes[:, :2]
+            candidate = candidate & (sides[:, 0] > smallest) & (sides[:, 1] > smallest)
+        keep = candidate.nonzero()[:, 0]
+        return suppress(boxes[keep], scores[keep], labels[keep], head.test_cfg)
+
+    def _detect_in_cascade(self, head: CascadeRoIHead, maps: Tuple[Tensor, ...], boxes: Tensor,
+                           limit: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        stages = []
+        for stage, bbox_head in enumerate(head.bbox_head):
+            rois = as_rois(boxes)
+            logits, deltas = bbox_head(
+                self._pooled(head.bbox_roi_extractor[stage], maps, rois, head))
+            stages.append(logits)
+            decoded = decode_classes(bbox_head, rois, deltas, limit)
+            if stage + 1 < head.num_stages:
+                boxes = of_class(decoded, logits[:, :-1].argmax(1))
+        scores = (sum(stages) / len(stages)).softmax(-1)
+        return select_classes(scores, decoded, head.test_cfg)
+
+    def _pooled(self, extractor: SingleRoIExtractor, maps: Tuple[Tensor, ...], rois: Tensor,
+                head: nn.Module) -> Tensor:
+        """Features of each region from its level of the pyramid, in the regions' order."""
+        maps = maps[:extractor.num_inputs]
+        levels = extractor.map_roi_levels(rois, len(maps))
+        order, pooled = [], []
+        for i, (level, layer) in enumerate(zip(maps, extractor.roi_layers)):
+            inside = (levels == i).nonzero()[:, 0]
+            order.append(inside)
+            pooled.append(roi_align(level, rois[inside], *layer.output_size, layer.spatial_scale,
+                                    layer.sampling_ratio, layer.aligned))
+        order = torch.cat(order)
+        position = torch.zeros_like(order).scatter(0, order, torch.arange(
+            order.shape[0], device=order.device))
+        features = torch.cat(pooled)[position]
+        return head.shared_head(features) if head.with_shared_head else features
+
+    def _masks(self, head: nn.Module, maps: Tuple[Tensor, ...], boxes: Tensor,
+               labels: Tensor) -> Tensor:
+        rois = as_rois(boxes)
+        if not isinstance(head, CascadeRoIHead):
+            return self._masks_of(head.mask_head, head.mask_roi_extractor, maps, rois, labels, head)
+        stages = [self._masks_of(mask_head, extractor, maps, rois, labels, head)
+                  for mask_head, extractor in zip(head.mask_head, head.mask_roi_extractor)]
+        return sum(stages) / len(stages)
+
+    def _masks_of(self, mask_head, extractor, maps, rois, labels, head) -> Tensor:
+        logits = mask_head(self._pooled(extractor, maps, rois, head))
+        if mask_head.class_agnostic:
+            return logits[:, 0].sigmoid()
+        return logits[torch.arange(labels.shape[0], device=labels.device), labels].sigmoid()
+
+
+def as_rows(maps: Tensor, width: int) -> Tensor:
+    """(1, A * width, H, W) -> (H * W * A, width)."""
+    return maps[0].permute(1, 2, 0).reshape(-1, width)
+
+
+def as_rois(boxes: Tensor) -> Tensor:
+    """(N, 4) -> (N, 5), of image 0."""
+    return F.pad(boxes, (1, 0))
+
+
+def top(scores: Tensor, most: int) -> Tuple[Tensor, Tensor]:
+    """The highest of (N,) scores, by falling score, and their indices; all if ``most`` <= 0."""
+    number = shape_as_tensor(scores)[0] if torch.jit.is_tracing() else scores.shape[0]
+    if most > 0:
+        number = torch.clamp(number, max=most) if torch.jit.is_tracing() else min(number, most)
+    return scores.topk(number)
+
+
+def clipped(coder, boxes: Tensor, limit: Tensor) -> Tensor:
+    """Boxes within (width, height, width, height) px, if the coder is one that clips."""
+    return torch.minimum(boxes.clamp(min=0), limit) if coder.clip_border else boxes
+
+
+def decode_classes(head: BBoxHead, rois: Tensor, deltas: Tensor, limit: Tensor) -> Tensor:
+    """Boxes of each region, (N, classes or 1, 4)."""
+    classes = 1 if head.reg_class_agnostic else head.num_classes
+    boxes = head.bbox_coder.decode(rois[:, 1:].repeat_interleave(classes, dim=0),
+                                   deltas.reshape(-1, 4))
+    return clipped(head.bbox_coder, boxes, limit).reshape(-1, classes, 4)
+
+
+def of_class(boxes: Tensor, labels: Tensor) -> Tensor:
+    """The box of a class, (N, 4), from those of all, (N, classes or 1, 4)."""
+    if boxes.shape[1] == 1:
+        return boxes[:, 0]
+    return boxes.gather(1, labels[:, None, None].expand(-1, 1, 4))[:, 0]
+
+
+def select_classes(scores: Tensor, boxes: Tensor, cfg) -> Tuple[Tensor, Tensor, Tensor]:
+    """Detections of (N, classes + 1) scores, the background's last, and (N, classes or 1, 4) boxes.
+    """
+    rows, labels = (scores[:, :-1] > cfg.score_thr).nonzero().unbind(1)
+    return suppress(of_class(boxes[rows], labels), scores[rows, labels], labels, cfg)
+
+
+def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, cfg) -> Tuple[Tensor, Tensor, Tensor]:
+    """Non-maximum suppression among boxes of equal labels, and the most that an image may have."""
+    apart = boxes
+    if not cfg.nms.get('class_agnostic', False):
+        # As mmcv does it: classes are moved so far apart that they do not meet.
+        extent = torch.cat([boxes, boxes.new_zeros(1, 4)]).max() + 1
+        apart = boxes + (labels.to(boxes) * extent)[:, None]
+    keep = nms(apart, scores, float(cfg.nms.iou_threshold))
+    most: Optional[int] = cfg.get('max_per_img')
+    if most is not None and most > 0:
+        keep = keep[:most]
+    return boxes[keep], scores[keep], labels[keep]
+
+
+def _check(part: str, module: nn.Module) -> None:
+    """InputError if ``module`` predicts in a way that is not known here."""
+    kind = type(module)
+    for cls, methods in KNOWN[part]:
+        if isinstance(module, cls) and all(
+                getattr(kind, method) is getattr(cls, method) for method in methods):
+            return
+    expected: List[str] = [cls.__name__ for cls, _ in KNOWN[part]]
+    raise InputError(f'The {part} is a {kind.__name__}, which predicts in a way of its own and '
+                     f'cannot be exported: expected one that does as {" or ".join(expected)}.')
+
+
+def _check_head(part: str, head: nn.Module) -> None:
+    _check(part, head)
+    if getattr(head.loss_cls, 'custom_cls_channels', False):
+        raise InputError(f'The {part} has {type(head.loss_cls).__name__}, whose own activation '
+                         'cannot be exported.')
+    _check_nms(part, head.test_cfg)
+
+
+def _check_nms(part: str, cfg) -> None:
+    given = {name for name in cfg.nms if name not in ('split_thr', )}
+    if cfg.nms.get('type', 'nms') != 'nms' or given - {'type', 'iou_threshold', 'class_agnostic'}:
+        raise InputError(f'The test_cfg of the {part} has nms={dict(cfg.nms)}, which cannot be '
+                         "exported: expected dict(type='nms', iou_threshold=...).")
+
+
+def _check_roi_head(head: nn.Module) -> None:
+    _check('roi_head', head)
+    _check_nms('roi_head', head.test_cfg)
+    is_cascade = isinstance(head, CascadeRoIHead)
+    kinds = ('bbox', 'mask') if head.with_mask else ('bbox', )
+    for kind in kinds:
+        heads = getattr(head, f'{kind}_head')
+        extractors = getattr(head, f'{kind}_roi_extractor')
+        for part, extractor in zip(*((heads, extractors) if is_cascade else
+                                     ([heads], [extractors]))):
+            _check(f'roi_head.{kind}_head', part)
+            _check('roi_head.roi_extractor', extractor)
+            layer = extractor.roi_layers[0]
+            if not isinstance(layer, RoIAlign) or layer.pool_mode != 'avg':
+                raise InputError(f'The roi_head.{kind}_roi_extractor pools by '
+                                 f'{type(layer).__name__}, which cannot be exported: expected '
+                                 'RoIAlign with averages.')
+            if getattr(part, 'custom_cls_channels', False):
+                raise InputError(f'The roi_head.bbox_head has {type(part.loss_cls).__name__}, '
+                                 'whose own activation cannot be exported.')

@@ -1,0 +1,89 @@
+"""COCO mAP through an exported file, by MMDetection's own test loop."""
+import copy
+import time
+from typing import Dict, List, Tuple
+
+import torch
+from mmdet.models import FCNMaskHead
+from mmdet.structures import DetDataSample
+from mmengine.config import Config
+from mmengine.runner import Runner
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
+
+from .export import Runtime
+
+
+class Timed(nn.Module):
+    """Measures a detector, by calls of its ``test_step``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.seconds, self.images = 0.0, 0
+
+    def test_step(self, data: dict) -> List[DetDataSample]:
+        start = time.perf_counter()
+        samples = self.model.test_step(data)
+        self.seconds += time.perf_counter() - start
+        self.images += len(samples)
+        return samples
+
+
+class ExportedDetector(nn.Module):
+    """An exported file where MMDetection expects a detector.
+
+    Args:
+        runtime: the file.
+        data_preprocessor: of the detector; what it does to an image, but for padding, is done.
+        normalize: whether the file does that itself.
+        mask_threshold: probability from which a pixel belongs to a mask.
+    """
+
+    def __init__(self, runtime: Runtime, data_preprocessor: nn.Module, normalize: bool = False,
+                 mask_threshold: float = 0.5) -> None:
+        super().__init__()
+        self.runtime, self.normalize = runtime, normalize
+        self.data_preprocessor = copy.deepcopy(data_preprocessor)
+        self.data_preprocessor.pad_size_divisor = 1
+        self.mask_cfg = Config(dict(mask_thr_binary=mask_threshold))
+        self.paster = FCNMaskHead(num_convs=0, class_agnostic=True)
+
+    def test_step(self, data: dict) -> List[DetDataSample]:
+        """Detect in each image of a batch; predictions in pixels of the original images."""
+        results = []
+        for image, sample in zip(data['inputs'], data['data_samples']):
+            if self.normalize:
+                image = image[None].float()
+            else:
+                image = self.data_preprocessor(
+                    dict(inputs=[image], data_samples=[sample]))['inputs']
+            results.append(self._as_sample(self.runtime(image), sample))
+        return results
+
+    def _as_sample(self, outputs: List[Tensor], sample: DetDataSample) -> DetDataSample:
+        boxes, scores, labels, *masks = outputs
+        found = InstanceData(bboxes=boxes, scores=scores, labels=labels)
+        if masks:  # which brings the boxes to the original image too
+            found, = self.paster.predict_by_feat(
+                [masks[0][:, None]], [found], [sample.metainfo], self.mask_cfg, rescale=True,
+                activate_map=True)
+        if not masks or not len(boxes):
+            found.bboxes = boxes / boxes.new_tensor(sample.scale_factor).repeat(2)
+        sample.pred_instances = found
+        return sample
+
+
+def evaluate(config: Config, models: Dict[str, nn.Module],
+             work_dir: str) -> Dict[str, Tuple[dict, float]]:
+    """Metrics and milliseconds per image of each model on the config's test set."""
+    config = copy.deepcopy(config)
+    config.work_dir, config.load_from = work_dir, None
+    runner = Runner.from_cfg(config)
+    results = {}
+    for name, model in models.items():
+        runner.model = Timed(model)
+        with torch.no_grad():
+            metrics = runner.test()
+        results[name] = metrics, 1000 * runner.model.seconds / max(1, runner.model.images)
+    return results

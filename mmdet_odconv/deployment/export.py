@@ -1,0 +1,194 @@
+"""A detector written to a file that runs without MMDetection, and compared with the detector."""
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Dict, List, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from mmcv.transforms import Compose
+from mmengine.config import Config
+from mmengine.registry import DATASETS
+from torch import Tensor, nn
+
+from ..checkpoints import read_weights
+from ..checkpoints.files import writing
+from ..checkpoints.swapping import build_model
+from ..errors import InputError
+from .detector import TensorDetector
+from .operators import OPSET
+
+FORMATS = ('onnx', 'torchscript')
+# What a runtime's rounding may change of a box (px) and of a score or a mask's pixel.
+BOX_TOLERANCE, SCORE_TOLERANCE = 0.1, 1e-3
+
+
+def load_detector(config: Config, checkpoint: str) -> Tuple[nn.Module, Sequence[str]]:
+    """The detector of a config with the weights of a checkpoint, for inference, and its classes.
+
+    Raises:
+        InputError: if the weights are not those of the config's detector.
+    """
+    model = build_model(config)
+    state, whole = read_weights(checkpoint)
+    try:
+        missing = model.load_state_dict(state, strict=False).missing_keys
+    except RuntimeError as error:
+        raise InputError(f'{checkpoint} does not fit the config '
+                         f'({str(error).splitlines()[-1].strip()}): give the config that it was '
+                         'trained with.') from error
+    if missing:
+        raise InputError(f'{checkpoint} lacks {len(missing)} tensors of the config, such as '
+                         f'{missing[0]}: give the config that it was trained with.')
+    model.eval()
+    meta = (whole.get('meta') or {}).get('dataset_meta') or {}
+    return model, tuple(meta.get('classes') or meta.get('CLASSES') or ())
+
+
+def export_detector(detector: TensorDetector, path: Path, images: Sequence[Tensor],
+                    format: str = 'onnx', opset: int = 17, check: bool = True,
+                    force: bool = False) -> List[Dict[str, float]]:
+    """Write a detector to ``path``, whole and right or not at all; any image size, one at a time.
+
+    Args:
+        detector: what is written.
+        path: file to write.
+        images: (1, 3, H, W) each: the graph is drawn on the first, and checked on all.
+        format: 'onnx', or 'torchscript', which needs ``import mmdet_odconv`` where it is loaded.
+        opset: ONNX's version of operators, at least 16.
+        check: run the file and :func:`compare` it with the detector.
+        force: replace a file that exists.
+
+    Returns:
+        What :func:`compare` found.
+
+    Raises:
+        InputError: if the file cannot be written, differs from the detector, or ``opset`` is too
+            old.
+    """
+    if opset < OPSET:
+        raise InputError(f'opset is {opset}, where at least {OPSET} was expected, the first whose '
+                         'RoiAlign knows where pixels are.')
+    with writing(path, force) as temporary, torch.no_grad(), warnings.catch_warnings():
+        # Of branches on shapes, which are the same for every image.
+        warnings.simplefilter('ignore')
+        image = images[0]
+        if format == 'torchscript':
+            torch.jit.trace(detector, image, check_trace=False).save(str(temporary))
+            return compare(detector, Runtime(temporary), images) if check else []
+        names = detector.output_names
+        axes = {'image': {2: 'height', 3: 'width'}, **{name: {0: 'detections'} for name in names}}
+        torch.onnx.export(detector, (image, ), str(temporary), dynamo=False, opset_version=opset,
+                          input_names=['image'], output_names=names, dynamic_axes=axes)
+        return compare(detector, Runtime(temporary), images) if check else []
+
+
+class Runtime:
+    """An exported file, run on the CPU: onnxruntime for .onnx, torch for anything else."""
+
+    def __init__(self, path: Path) -> None:
+        if path.suffix == '.onnx':
+            try:
+                import onnxruntime
+            except ImportError as error:
+                raise InputError('onnxruntime is not installed, which runs the file: pip install '
+                                 '"mmdet_odconv[deploy]", or --no-check.') from error
+            session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+            self._run = lambda image: [torch.from_numpy(value) for value in session.run(
+                None, {'image': image.numpy()})]
+        else:
+            self._run = torch.jit.load(str(path))
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor) -> List[Tensor]:
+        """What :meth:`TensorDetector.forward` answers, of an image (1, 3, H, W)."""
+        return list(self._run(image))
+
+
+def compare(detector: TensorDetector, runtime: Runtime,
+            images: Sequence[Tensor]) -> List[Dict[str, float]]:
+    """How far a file is from its detector on each image: detections, px, score, mask.
+
+    Raises:
+        InputError: if they differ by more than a runtime's rounding.
+    """
+    found = []
+    for image in images:
+        with torch.no_grad():
+            expected = detector(image)
+        got = runtime(image)
+        size = f'{image.shape[3]}x{image.shape[2]}'
+        boxes, labels = (torch.cdist(a.double().view(len(a), -1), b.double().view(len(b), -1),
+                                     p=float('inf')) for a, b in (
+            (expected[0], got[0]), (expected[2], got[2])))
+        # By place and label: scores that differ by a rounding may change places.
+        same = (boxes + labels.sign() * 1e6).argmin(1) if len(got[0]) else got[2]
+        if len(got[0]) != len(expected[0]) or len(same.unique()) != len(same):
+            raise InputError(f'The file detects {len(got[0])} objects in an image of {size}, and '
+                             f'not the {len(expected[0])} of the detector: it was not exported '
+                             'rightly.')
+        errors = {name: (a[same].double() - b.double()).abs().max().item() if len(a) else 0.0
+                  for name, a, b in zip(detector.output_names, got, expected)}
+        if errors['boxes'] > BOX_TOLERANCE or errors['labels'] or max(
+                errors['scores'], errors.get('masks', 0)) > SCORE_TOLERANCE:
+            raise InputError(f'The file differs from the detector in an image of {size}, by '
+                             f'{errors["boxes"]:.2g} px and {errors["scores"]:.2g} in score: it '
+                             'was not exported rightly.')
+        found.append(dict(size=size, detections=len(got[0]), **errors))
+    return found
+
+
+def preprocessing(config: Config, model: nn.Module, normalize: bool,
+                  classes: Sequence[str]) -> dict:
+    """What is to be done to an image before the file, and what comes out, for a JSON file."""
+    steps = [step for step in config.get('test_pipeline') or [] if step['type'] in (
+        'Resize', 'FixScaleResize', 'Pad')]
+    preprocessor = model.data_preprocessor
+    done = dict(
+        resize=[step.to_dict() if hasattr(step, 'to_dict') else dict(step) for step in steps],
+        channels='BGR' if normalize or not preprocessor._channel_conversion else 'RGB',
+        layout='(1, 3, height, width), float32', values='0 to 255')
+    if preprocessor._enable_normalize and not normalize:
+        done.update(values='(value - mean) / std, of values from 0 to 255',
+                    mean=preprocessor.mean.flatten().tolist(),
+                    std=preprocessor.std.flatten().tolist())
+    return dict(
+        input=done, classes=list(classes),
+        outputs=dict(
+            boxes='(N, 4): x1, y1, x2, y2 in pixels of the resized image', scores='(N,), falling',
+            labels='(N,): indices of classes',
+            masks='(N, h, w), where there is a mask head: probabilities on a grid over each box'))
+
+
+def write_preprocessing(described: dict, path: Path, force: bool) -> None:
+    """Write :func:`preprocessing` to a file; InputError if it exists and ``force`` is not set."""
+    with writing(path, force) as temporary:
+        temporary.write_text(json.dumps(described, indent=2) + '\n')
+
+
+def example_images(config: Config, model: nn.Module, normalize: bool,
+                   files: Sequence[str]) -> List[Tensor]:
+    """Images of two sizes as an exported file takes them.
+
+    Args:
+        config: whose test pipeline resizes them.
+        model: whose preprocessor normalises them.
+        normalize: whether the file does that itself.
+        files: images; the first of the test set if empty, and noise if there is no test set.
+    """
+    if files:
+        pipeline = Compose([step for step in config.test_dataloader.dataset.pipeline
+                            if step['type'] != 'LoadAnnotations'])
+        inputs = [pipeline(dict(img_path=str(file), img_id=0))['inputs'] for file in files]
+    else:
+        try:
+            inputs = [DATASETS.build(config.test_dataloader.dataset)[0]['inputs']]
+        except (AttributeError, OSError):
+            inputs = [torch.randint(0, 256, (3, 224, 320))]
+    preprocessor = copy.deepcopy(model.data_preprocessor)
+    preprocessor.pad_size_divisor = 1
+    images = [image[None].float() if normalize else preprocessor(
+        dict(inputs=[image], data_samples=None))['inputs'] for image in inputs]
+    smaller = F.interpolate(images[0], scale_factor=(0.9, 0.75), mode='bilinear')
+    return [*images, smaller]

@@ -1,0 +1,140 @@
+"""Norms folded into the convolutions before them, dynamic and static."""
+import collections
+from typing import Iterator, Tuple
+
+import torch
+from mmcv.cnn import ConvModule
+from mmcv.cnn.bricks.wrappers import Conv2d as EmptySafeConv2d
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..layers.attention import PooledLinear
+from ..layers.base import DynamicConv2d
+
+STATIC = (nn.Conv2d, EmptySafeConv2d)  # exactly: a subclass may change its weights on the way
+
+
+class Folded(nn.Identity):
+    """In the place of a norm that its convolution does now."""
+
+
+class Shift(nn.Module):
+    """What remains of a norm whose scale its convolution does: a constant for each channel."""
+
+    def __init__(self, shift: Tensor) -> None:
+        super().__init__()
+        self.register_buffer('shift', shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add to x, (B, C, H, W)."""
+        return x + self.shift[:, None, None]
+
+
+@torch.no_grad()
+def fuse(model: nn.Module) -> nn.Module:
+    """Fold the norms of a model for inference, in place; its outputs are the same.
+
+    A BatchNorm registered right after a dynamic or static convolution, as in every block of
+    MMDetection and as mmcv's ``fuse_conv_bn`` reads them, goes into its kernels and bias: the
+    filters of a bank commute with every attention. The BatchNorm of ODConv's attention goes into
+    that attention's first layer. CondConv's gates do not sum to one, so a constant stays outside.
+    Norms and convolutions that are used in several places, or have hooks, stay as they are.
+
+    mmcv's ``fuse_conv_bn`` may be called afterwards and finds nothing to do.
+
+    Args:
+        model: in evaluation mode; fused twice, it stays as it is.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: if a part of the model is in training mode, or if mmcv's ``fuse_conv_bn`` was
+            called before and put the norm of a dynamic convolution into the convolution before it.
+    """
+    for name, module in model.named_modules():
+        if module.training and type(module) is not nn.Identity:  # as mmcv leaves them
+            raise ValueError(f'{name or type(model).__name__} is in training mode, where a norm is '
+                             'no constant to fold: call model.eval() first.')
+    for name, module in model.named_modules():
+        _refuse_misfused(name, module)
+    uses = collections.Counter(child for module in model.modules()
+                               for child in module._modules.values())
+    for module in list(model.modules()):
+        for conv, name, norm in list(_pairs(module)):
+            if uses[conv] == uses[norm] == 1 and not (_hooked(conv) or _hooked(norm)):
+                module._modules[name] = _fold(conv, norm).eval()
+    return model
+
+
+def _pairs(module: nn.Module) -> Iterator[Tuple[nn.Module, str, nn.Module]]:
+    """Convolutions among a module's children, each with the name of its BatchNorm, and that."""
+    if isinstance(module, nn.ModuleList):
+        return  # whose children are not called in turn
+    if isinstance(module, ConvModule) and module.order.index('norm') != module.order.index(
+            'conv') + 1:
+        return
+    before = None
+    for name, child in module.named_children():
+        if (isinstance(child, _BatchNorm) and child.track_running_stats
+                and child.running_mean is not None and _takes_norm(before)
+                and len(before.weight if before.weight.dim() == 4 else before.weight[0])
+                == child.num_features):
+            yield before, name, child
+        before = child
+
+
+def _takes_norm(module) -> bool:
+    return type(module) in STATIC or isinstance(module, PooledLinear) or (
+        isinstance(module, DynamicConv2d) and module.filters)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or 'forward' in vars(module))
+
+
+def _fold(conv: nn.Module, norm: nn.Module) -> nn.Module:
+    """Do as ``conv`` what ``norm`` does; what is to be put in the norm's place."""
+    # In double precision: each weight is then rounded once.
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -norm.running_mean * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias
+    for name, axes in getattr(conv, 'filters', {'weight': 3}).items():
+        filters = getattr(conv, name)
+        _replace(conv, name, filters * scale[(..., ) + (None, ) * axes])
+    mixes = getattr(conv, 'mixes_bias', False)
+    bias = 0 if conv.bias is None else conv.bias * scale
+    if mixes and conv.attention.gate != 'softmax':
+        if conv.bias is not None:
+            _replace(conv, 'bias', bias)
+        return Shift(shift.to(conv.weight))
+    if mixes:  # by weights that sum to one
+        shift = shift.expand(conv.kernel_num, -1)
+    _replace(conv, 'bias', bias + shift)
+    return Folded()
+
+
+def _replace(module: nn.Module, name: str, value: Tensor) -> None:
+    """A new parameter, because others may be tied to the one before."""
+    setattr(module, name, nn.Parameter(
+        value.to(module.weight), requires_grad=module.weight.requires_grad))
+
+
+def _refuse_misfused(name: str, module: nn.Module) -> None:
+    """ValueError if mmcv put a norm that came after a dynamic convolution into one before it."""
+    last = None
+    children = list(module.named_children())
+    for (child_name, child), (_, after) in zip(children, children[1:]):
+        if type(child) in STATIC:
+            last = child_name if type(after) is not nn.Identity else None
+        elif isinstance(child, DynamicConv2d) and last and type(after) is nn.Identity:
+            prefix = f'{name}.' if name else ''
+            raise ValueError(
+                f"mmcv's fuse_conv_bn put the norm of {prefix}{child_name} into {prefix}{last}, "
+                'which mmcv took for the convolution before it: load the model again and call '
+                'mmdet_odconv.fuse, which folds the norms of static convolutions too.')
+        elif isinstance(child, _BatchNorm):
+            last = None

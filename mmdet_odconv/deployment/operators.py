@@ -1,0 +1,71 @@
+"""mmcv's NMS and RoIAlign as operators that graphs can hold, and what they are in ONNX.
+
+mmcv calls its compiled functions out of sight of any tracer. mmcv's own ONNX symbolic for RoIAlign
+subtracts half a pixel, which ONNX's operator does itself from opset 16 on.
+"""
+import mmcv.ops
+import torch
+from torch import Tensor
+from torch.onnx import symbolic_helper
+
+OPSET = 16  # the first whose RoiAlign knows where pixels are
+INT64_MAX = 2**63 - 1
+
+
+@torch.library.custom_op('mmdet_odconv::nms', mutates_args=())
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Indices of the boxes, (N, 4), that remain, by falling score; see :func:`mmcv.ops.nms`."""
+    if not len(boxes):
+        return torch.empty(0, dtype=torch.int64, device=boxes.device)
+    return mmcv.ops.nms(boxes, scores, iou_threshold)[1]
+
+
+@nms.register_fake
+def _(boxes, scores, iou_threshold):
+    return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+@torch.library.custom_op('mmdet_odconv::roi_align', mutates_args=())
+def roi_align(maps: Tensor, rois: Tensor, height: int, width: int, spatial_scale: float,
+              sampling_ratio: int, aligned: bool) -> Tensor:
+    """Averages in the regions, (N, 5), of maps: (N, C, height, width); :func:`mmcv.ops.roi_align`.
+    """
+    if not len(rois):
+        return maps.new_zeros(0, maps.shape[1], height, width)
+    return mmcv.ops.roi_align(maps, rois, (height, width), spatial_scale, sampling_ratio, 'avg',
+                              aligned)
+
+
+@roi_align.register_fake
+def _(maps, rois, height, width, spatial_scale, sampling_ratio, aligned):
+    return maps.new_empty(rois.shape[0], maps.shape[1], height, width)
+
+
+@symbolic_helper.parse_args('v', 'v', 'f')
+def _nms_to_onnx(g, boxes, scores, iou_threshold):
+    def constant(value):
+        return g.op('Constant', value_t=torch.tensor(value))
+
+    selected = g.op(
+        'NonMaxSuppression', g.op('Unsqueeze', boxes, constant([0])),
+        g.op('Unsqueeze', scores, constant([0, 1])), constant([INT64_MAX]),
+        g.op('Constant', value_t=torch.tensor([iou_threshold], dtype=torch.float32)))
+    return g.op('Squeeze', g.op('Gather', selected, constant([2]), axis_i=1), constant([1]))
+
+
+@symbolic_helper.parse_args('v', 'v', 'i', 'i', 'f', 'i', 'b')
+def _roi_align_to_onnx(g, maps, rois, height, width, spatial_scale, sampling_ratio, aligned):
+    def columns(*indices):
+        return g.op('Gather', rois, g.op('Constant', value_t=torch.tensor(indices)), axis_i=1)
+
+    images = g.op('Squeeze', columns(0), g.op('Constant', value_t=torch.tensor([1])))
+    return g.op(
+        'RoiAlign', maps, columns(1, 2, 3, 4),
+        g.op('Cast', images, to_i=torch.onnx.TensorProtoDataType.INT64),
+        coordinate_transformation_mode_s='half_pixel' if aligned else 'output_half_pixel',
+        mode_s='avg', output_height_i=height, output_width_i=width,
+        sampling_ratio_i=max(0, sampling_ratio), spatial_scale_f=spatial_scale)
+
+
+torch.onnx.register_custom_op_symbolic('mmdet_odconv::nms', _nms_to_onnx, OPSET)
+torch.onnx.register_custom_op_symbolic('mmdet_odconv::roi_align', _roi_align_to_onnx, OPSET)

@@ -1,0 +1,95 @@
+"""Which checkpoint a run resumes from."""
+import re
+import zipfile
+from pathlib import Path
+from typing import List, Optional, Tuple
+
+from mmengine.logging import MessageHub
+
+from ..errors import InputError
+
+POINTER = 'last_checkpoint'
+
+
+def newest_whole(work_dir: Path, out_dir: Path,
+                 template: str) -> Tuple[Optional[Path], List[str]]:
+    """The newest checkpoint that is whole.
+
+    It is the one that ``work_dir/last_checkpoint`` names, unless a later one was written when the
+    run was killed, before it could be named. Should that not be whole, the others follow, the
+    latest written first.
+
+    Args:
+        work_dir: where ``last_checkpoint`` is.
+        out_dir: where checkpoints are.
+        template: their names, with ``{}`` for the epoch or iteration.
+
+    Returns:
+        the checkpoint, ``None`` if there is none at all, and what was passed over, why.
+
+    Raises:
+        InputError: if there are some, and none is whole.
+    """
+    pointer = work_dir / POINTER
+    named = pointer.read_text().strip() if pointer.is_file() else ''
+    files = sorted((path for path in out_dir.glob(template.format('*'))
+                    if step(path, template) is not None),
+                   key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    if named:
+        target = Path(named)
+        if not target.exists() and (out_dir / target.name).exists():
+            target = out_dir / target.name  # the directory was moved
+        last = step(target, template)
+        later = [path for path in files if last is not None and step(path, template) > last
+                 and path.stat().st_mtime_ns > pointer.stat().st_mtime_ns]
+        files = [*later, target, *(path for path in files if path not in (*later, target))]
+    passed = []
+    for path in files:
+        fault = damage(path)
+        if fault is None:
+            return path, passed
+        passed.append(f'{path} ({fault})')
+    if passed:
+        raise InputError(f'No checkpoint in {work_dir} is whole to resume from: '
+                         f'{", ".join(passed)}; give one, --resume FILE, or move them and '
+                         f'{POINTER} away to begin anew.')
+    return None, passed
+
+
+def step(path: Path, template: str) -> Optional[int]:
+    """The epoch or iteration in a checkpoint's name; ``None`` if it is not of the template."""
+    before, _, after = template.partition('{}')
+    found = re.fullmatch(f'{re.escape(before)}([0-9]+){re.escape(after)}', path.name)
+    return int(found[1]) if found else None
+
+
+def damage(path: Path) -> Optional[str]:
+    """What keeps a checkpoint from being whole: its end, or a checksum; ``None`` if nothing."""
+    if not path.exists():
+        return 'does not exist'
+    if path.is_dir():  # shards, each process's own
+        return None
+    if not zipfile.is_zipfile(path):
+        return f'cut short or no checkpoint, {path.stat().st_size} bytes'
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        return f'damaged: {error}'
+    return None if bad is None else f'damaged at {bad}'
+
+
+def interruption(resumes: bool) -> str:
+    """What to say when training is interrupted by the keyboard: where it was, and what to do.
+
+    Args:
+        resumes: whether the command that was interrupted resumes.
+    """
+    info = MessageHub.get_current_instance().runtime_info
+    if 'max_iters' not in info:
+        return 'interrupted before any iteration; run the same command again.'
+    saved = f'from {info["last_ckpt"]}' if info.get('last_ckpt') else (
+        'from the beginning, as nothing was saved yet')
+    again = 'again' if resumes else 'again with --resume'
+    return (f'interrupted at iteration {info["iter"] + 1} of {info["max_iters"]}; run the same '
+            f'command {again} to resume {saved}.')

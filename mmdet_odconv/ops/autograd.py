@@ -1,0 +1,73 @@
+"""Plans in autograd: what all their forward and backward passes share."""
+import functools
+from types import ModuleType
+from typing import Callable, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from .convolution import convolve_images
+from .kernels import folded_kernels
+
+
+def as_in_forward(backward: Callable) -> Callable:
+    """A backward pass in the dtypes of its forward pass, wherever autocast is on by then."""
+
+    @functools.wraps(backward)
+    def run(ctx, grad):
+        device = grad.device.type
+        if device == 'meta' or not torch.is_autocast_enabled(device):
+            return backward(ctx, grad)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, grad)
+
+    return run
+
+
+class Planned(torch.autograd.Function):
+    """``dynamic_conv2d`` by a plan, of whose forward pass only the arguments are kept.
+
+    A plan is a module of two functions. ``forward`` takes the first ten arguments of
+    ``dynamic_conv2d`` without its bias, (input, weight, kernel, spatial, channel and filter
+    attention, stride, padding, dilation, groups), and returns the output and what else the
+    backward pass needs, or None. ``backward`` takes the output's gradient, those tensors, which of
+    the six need a gradient, and the geometry; it returns the six gradients.
+    """
+
+    @staticmethod
+    def forward(ctx, plan: ModuleType, *arguments):
+        output, kept = plan.forward(*arguments)
+        ctx.save_for_backward(*arguments[:6], kept)
+        ctx.plan, ctx.geometry = plan, arguments[6:]
+        # The same values, no view to autograd: it refuses to change a Function's views in place.
+        return torch.ops.aten._unsafe_view(output, output.shape)
+
+    @staticmethod
+    @as_in_forward
+    def backward(ctx, grad):
+        needs = ctx.needs_input_grad[1:7]
+        if torch.is_grad_enabled():
+            grads = _differentiable_gradients(ctx, grad, needs)
+        else:
+            grads = ctx.plan.backward(grad, ctx.saved_tensors, needs, *ctx.geometry)
+        return (None, *grads, None, None, None, None)
+
+
+def _differentiable_gradients(ctx, grad: Tensor, needs) -> Tuple[Optional[Tensor], ...]:
+    """Gradients of the saved tensors, themselves differentiable: for create_graph=True."""
+    needed = [i for i, needs_grad in enumerate(needs) if needs_grad]
+    # Aliases: the attentions may depend on the input by a path that autograd also takes.
+    tensors = [None if t is None else t.view_as(t) for t in ctx.saved_tensors[:6]]
+    output = plain_conv2d(*tensors, *ctx.geometry)
+    grads = torch.autograd.grad(output, [tensors[i] for i in needed], grad, create_graph=True)
+    found = dict(zip(needed, grads))
+    return tuple(found.get(i) for i in range(6))
+
+
+def plain_conv2d(input, weight, kernel_attention, spatial_attention, channel_attention,
+                 filter_attention, stride, padding, dilation, groups) -> Tensor:
+    """``dynamic_conv2d`` in operations that autograd, compilers and torch.func see through."""
+    kernels = folded_kernels(input, weight, kernel_attention, spatial_attention,
+                             channel_attention, filter_attention, groups)
+    return convolve_images(input, kernels.view(-1, *weight.shape[1:]), stride, padding, dilation,
+                           groups)

@@ -1,0 +1,103 @@
+"""Norms folded into dynamic and static convolutions: exactly, or not at all."""
+import copy
+
+import pytest
+import torch
+from mmcv.cnn import ConvModule, fuse_conv_bn
+from mmdet.models import RTMDetSepBNHead
+from reference import randomised
+from torch import nn
+
+from mmdet_odconv import (
+    CondConv2d,
+    DCDConv2d,
+    DyConv2d,
+    ODConv2d,
+    ODMobileNetV2,
+    ODResNet,
+    fuse,
+)
+
+LAYERS = (ODConv2d, DyConv2d, CondConv2d, DCDConv2d)
+
+
+def norms(model):
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+@pytest.mark.parametrize('cls', LAYERS)
+@pytest.mark.parametrize('arguments', [
+    dict(kernel_size=3, stride=2, padding=1), dict(kernel_size=1, groups=2, bias=False),
+    dict(kernel_size=3, groups=8)])
+def test_every_layer(cls, arguments):
+    model = randomised(nn.Sequential(cls(8, 8, **arguments), nn.BatchNorm2d(8))).double().eval()
+    x = torch.randn(3, 8, 7, 9, dtype=torch.float64)
+    expected = model(x)
+    assert fuse(model) is model and not norms(model)
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(fuse(model)(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize('backbone', [
+    lambda: ODResNet(18, base_channels=8, stem_channels=8, kernel_num=2),
+    lambda: ODResNet(18, base_channels=8, stem_channels=8, conv_cfg=dict(type='CondConv2d')),
+    lambda: ODMobileNetV2(widen_factor=0.25, kernel_num=2)])
+def test_backbones_with_mmcv_before_or_after(backbone):
+    model = randomised(backbone()).double()
+    model.eval()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    expected = model(x)
+    before = fuse(fuse_conv_bn(copy.deepcopy(model)))
+    after = fuse_conv_bn(fuse(model))
+    for fused in (before, after):
+        assert not norms(fused)
+        for found, wanted in zip(fused(x), expected):
+            largest = wanted.abs().max().item()
+            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9 * largest)
+
+
+def test_a_norm_goes_into_its_own_convolution():
+    """mmcv, which knows no dynamic convolution, folds this norm into the static one."""
+    model = randomised(nn.Sequential(
+        nn.Conv2d(4, 8, 1), ODConv2d(8, 8, 3), nn.BatchNorm2d(8))).double().eval()
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    expected = model(x)
+    with pytest.raises(ValueError, match="mmcv's fuse_conv_bn put the norm of 1 into 0, which"):
+        fuse(fuse_conv_bn(copy.deepcopy(model)))
+    static = model[0].weight.clone()
+    model = fuse_conv_bn(fuse(model))
+    assert torch.equal(model[0].weight, static)
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_training_mode_is_refused_and_changes_nothing():
+    model = nn.Sequential(ODConv2d(4, 8, 3), nn.BatchNorm2d(8)).eval()
+    state = copy.deepcopy(model.state_dict())
+    model[1].train()
+    with pytest.raises(ValueError, match=r'^1 is in training mode, .*: call model.eval\(\) first'):
+        fuse(model)
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+
+
+def test_what_is_used_twice_or_in_another_order_stays():
+    conv = ODConv2d(4, 4, 1)
+    shared = nn.Sequential(nn.Sequential(conv, nn.BatchNorm2d(4)),
+                           nn.Sequential(conv, nn.BatchNorm2d(4)))
+    other = ConvModule(4, 4, 1, conv_cfg=dict(type='ODConv2d'), norm_cfg=dict(type='BN'),
+                       order=('norm', 'conv', 'act'))
+    for model in (shared, other):
+        model = randomised(model).eval()
+        x = torch.randn(2, 4, 5, 5)
+        expected, outer = model(x), len(norms(model))
+        fuse(model)
+        assert len(norms(model)) == outer - 1  # the attention's own
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_that_shares_convolutions_between_levels():
+    head = randomised(RTMDetSepBNHead(2, 8, feat_channels=8, anchor_generator=dict(
+        type='MlvlPointGenerator', offset=0, strides=[8, 16]), norm_cfg=dict(type='BN'))).eval()
+    feats = [torch.randn(1, 8, 6, 6), torch.randn(1, 8, 3, 3)]
+    expected = head(feats)
+    for found, wanted in zip(sum(fuse(head)(feats), ()), sum(expected, ())):
+        torch.testing.assert_close(found, wanted)

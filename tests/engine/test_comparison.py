@@ -1,0 +1,41 @@
+"""Differences paired by seed, and data sets as they are laid out."""
+import json
+import math
+
+import pytest
+
+from mmdet_odconv import InputError
+from mmdet_odconv.engine.comparison import find_splits, paired_difference
+
+
+def test_differences_are_paired_and_have_students_interval():
+    # Sleep gained with one drug over another, Student 1908: mean 1.58, interval 0.70 to 2.46.
+    first = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
+    second = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
+    mean, half, n = paired_difference(dict(enumerate(second)), dict(reversed([*enumerate(first)])))
+    assert (mean, n) == (pytest.approx(1.58), 10)
+    assert (mean - half, mean + half) == pytest.approx((0.70, 2.46), abs=0.005)
+
+
+def test_only_seeds_of_both_count():
+    mean, half, n = paired_difference({0: 0.5, 1: 0.7}, {1: 0.6, 2: 0.9})
+    assert (mean, n) == (pytest.approx(0.1), 1) and math.isnan(half)
+    assert paired_difference({0: 0.5}, {1: 0.5}) is None
+
+
+@pytest.mark.parametrize(('names', 'expected'), [
+    (['annotations/train.json', 'annotations/val.json', 'annotations/test.json'],
+     ['train/', 'val/', 'test/']),
+    (['annotations/instances_train2017.json', 'annotations/instances_val2017.json'],
+     ['train2017/', 'val2017/']),
+    (['train/_annotations.coco.json', 'valid/_annotations.coco.json'], ['train/', 'valid/'])])
+def test_layouts_of_coco_directories(tmp_path, names, expected):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({}))
+    splits = find_splits(tmp_path)
+    assert [annotations for annotations, _ in splits.values()] == names
+    assert [images for _, images in splits.values()] == expected
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(InputError, match='has none of .*val.* give a directory in COCO format'):
+        find_splits(tmp_path)

@@ -1,0 +1,229 @@
+"""Data sets damaged in one way each: what is refused, what is warned of, and by which sentence."""
+import json
+import logging
+import os
+import re
+
+import numpy as np
+import pytest
+from mmcv import imwrite
+from mmdet.datasets import CocoDataset
+from mmengine.dataset import RepeatDataset, pseudo_collate
+from torch.utils.data import DataLoader
+
+from mmdet_odconv import InputError
+from mmdet_odconv.engine.data_check import SAMPLE, check_data
+from mmdet_odconv.engine.launch import explain
+
+TRIANGLE = [[8, 8, 40, 8, 8, 40]]
+NAN = float('nan')
+
+
+def content():
+    """Four images of 64 x 48, each with a cat of 32 x 32 and a triangle as its mask."""
+    return dict(
+        images=[dict(id=i, file_name=f'{i}.png', width=64, height=48) for i in range(4)],
+        annotations=[dict(id=10 + i, image_id=i, category_id=1, bbox=[8, 8, 32, 32], area=1024,
+                          segmentation=TRIANGLE, iscrowd=0) for i in range(4)],
+        categories=[dict(id=1, name='cat')])
+
+
+def dataset(root, data, masks=True, **kwargs):
+    (root / 'images').mkdir(exist_ok=True)
+    for i in range(4):
+        if not (root / f'images/{i}.png').exists():
+            imwrite(np.full((48, 64, 3), i, np.uint8), str(root / f'images/{i}.png'))
+    (root / 'a.json').write_text(data if isinstance(data, str) else json.dumps(data))
+    return CocoDataset(
+        ann_file='a.json', data_root=str(root), data_prefix=dict(img='images/'),
+        metainfo=dict(classes=('cat', )), filter_cfg=dict(filter_empty_gt=True, min_size=16),
+        pipeline=[dict(type='LoadImageFromFile'),
+                  dict(type='mmdet.LoadAnnotations', with_bbox=True,
+                       with_mask=masks)], **kwargs)
+
+
+def answer(root, data, **kwargs):
+    """What a user reads of this data, as a run begins; None if it trains."""
+    try:
+        check_data(dataset(root, data, **kwargs))
+    except Exception as error:
+        return explain(error)
+    return None
+
+
+def annotations(count, **values):
+    def change(data):
+        for annotation in data['annotations'][:count]:
+            annotation.update(values)
+    return change
+
+
+def images(index, **values):
+    return lambda data: data['images'][index].update(values)
+
+
+def without(kind, key):
+    return lambda data: data[kind][1].pop(key)
+
+
+FIRST = r'a\.json cannot be trained on: '
+MASK = FIRST + '1 of 4 annotations have a segmentation that is neither polygons nor the RLE'
+REFUSED = {
+    'NaN': (annotations(2, bbox=[8, NAN, 9, 9]), FIRST + r'2 of 4 annotations have a box that is '
+            r'not four finite numbers \(the first: 10, \[8, nan, 9, 9\]\)'),
+    'infinite': (annotations(1, bbox=[8, 8, float('inf'), 9]), 'four finite numbers'),
+    'text': (annotations(1, bbox=['a', 8, 8, 9]), 'four finite numbers'),
+    'three': (annotations(1, bbox=[8, 8, 9]), 'four finite numbers'),
+    'beyond floats': (annotations(1, bbox=[8, 8, 9, 10**400]), 'four finite numbers'),
+    'negative': (annotations(4, bbox=[40, 40, -9, -9]), r'none of its 4 annotations, of 4 images, '
+                 r'is a box of cat to learn from \(4 of 4 annotations have a box less than one'),
+    'zero': (annotations(4, bbox=[8, 8, 0, 0]), 'none of its 4 .* less than one pixel'),
+    'outside': (annotations(4, bbox=[70, 8, 9, 9]), 'none of its 4 .* box outside their image'),
+    'no area': (annotations(4, area=0), 'none of its 4 .* area that is not above 0'),
+    'all crowds': (annotations(4, iscrowd=1, segmentation=[]), 'none of its 4 annotations'),
+    'no annotation': (lambda data: data['annotations'].clear(), 'none of its 0 annotations'),
+    'undefined category': (annotations(4, category_id=7), r'category that the file does not '
+                           r'define \(the first: 10, 7\)'),
+    'image twice': (images(1, id=0), r'1 of 4 images have the id of another \(the first: 1\.png'),
+    'annotation twice': (annotations(2, id=5), '1 of 4 annotations have the id of another'),
+    'no width': (without('images', 'width'), r'1 of 4 images have no width \(the first: number 1'),
+    'no name': (without('images', 'file_name'), '1 of 4 images have no file_name'),
+    'no box': (without('annotations', 'bbox'), '1 of 4 annotations have no bbox'),
+    'no size': (images(0, width=0), 'width or height that is no positive number'),
+    'small': (lambda data: [image.update(width=9) for image in data['images']],
+              'less than min_size=16|box outside'),
+    'leaves': (images(0, file_name='../../../etc/passwd'), "1 of 4 images lie outside the data"),
+    'absolute': (images(0, file_name='/dev/zero'), r'outside .* \(the first: /dev/zero\)'),
+    'polygon of text': (annotations(1, segmentation=[['a'] * 6]), MASK),
+    'polygon of NaN': (annotations(1, segmentation=[[NAN] * 6]), MASK),
+    'flat polygon': (annotations(1, segmentation=TRIANGLE[0]), MASK),
+    'number': (annotations(1, segmentation=3), MASK),
+    'RLE of another size': (annotations(1, segmentation=dict(size=[9, 9], counts=[81])), MASK),
+    'RLE too short': (annotations(1, segmentation=dict(size=[48, 64], counts=[81])), MASK),
+    'RLE without counts': (annotations(1, segmentation=dict(size=[48, 64])), MASK),
+}
+
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_what_cannot_be_trained_on(tmp_path, name):
+    change, message = REFUSED[name]
+    data = content()
+    change(data)
+    sentence = answer(tmp_path, data)
+    assert sentence is not None and len(sentence.splitlines()) == 1
+    assert re.search(message, sentence), sentence
+
+
+LEFT_OUT = {
+    'zero': (annotations(1, bbox=[8, 8, 0, 9]), '1 of 4 annotations have a box less than one pixel '
+             'wide or high (the first: 10, [8, 8, 0, 9])'),
+    'outside': (annotations(2, bbox=[70, 8, 9, 9]), '2 of 4 annotations have a box outside'),
+    'category': (annotations(1, category_id=7), 'a category that the file does not define'),
+    'image': (annotations(1, image_id=7), 'an image that the file does not list (the first: 10, '),
+    'two points': (annotations(1, segmentation=[[1, 2, 3, 4]]), 'no polygon of three points'),
+}
+
+
+@pytest.mark.parametrize('name', LEFT_OUT)
+def test_what_is_left_out_is_said(tmp_path, monkeypatch, name):
+    said = []
+    monkeypatch.setattr('mmdet_odconv.engine.data_check.print_log',
+                        lambda message, logger, level: said.append((message, level)))
+    change, message = LEFT_OUT[name]
+    data = content()
+    change(data)
+    assert answer(tmp_path, data) is None
+    (found, level), = said
+    assert message in found and found.startswith('Of ') and level == logging.WARNING
+
+
+def test_sound_data_is_taken_in_silence(tmp_path, monkeypatch):
+    monkeypatch.setattr('mmdet_odconv.engine.data_check.print_log', None)
+    data = content()
+    data['annotations'][0].update(bbox=[-5, -5, 30, 30])  # partly outside
+    data['annotations'][1].update(segmentation=dict(size=[48, 64], counts=[1000, 2072]))
+    data['annotations'].append(dict(data['annotations'][2], id=20, iscrowd=1,
+                                    segmentation=dict(size=[48, 64], counts='PPYo0')))
+    data['categories'].append(dict(id=2, name='dog'))  # a class that is not trained on
+    data['annotations'].append(dict(data['annotations'][2], id=21, category_id=2))
+    assert answer(tmp_path, data) is None
+    data['annotations'][0]['segmentation'] = 3  # boxes alone are trained
+    assert answer(tmp_path, data, masks=False) is None
+
+
+IMAGES = {
+    'empty': (lambda path: path.write_bytes(b''), r'1\.png could not be read \(it is empty'),
+    'text': (lambda path: path.write_text('not found'), r'1\.png could not be read \(it is empty'),
+    'directory': (lambda path: (path.unlink(), path.mkdir()), r'1\.png could not be read \(Is a d'),
+    'missing': (lambda path: path.unlink(), r'1\.png does not exist: set data_root'),
+}
+
+
+@pytest.mark.parametrize('name', IMAGES)
+def test_images_that_cannot_be_read(tmp_path, name):
+    damage, message = IMAGES[name]
+    data = dataset(tmp_path, content())
+    damage(tmp_path / 'images/1.png')
+    with pytest.raises(InputError, match=message):
+        check_data(RepeatDataset(data, 2))
+    with pytest.raises(Exception) as caught:  # noqa: PT011, in the middle of a run
+        data[1]
+    assert explain(caught.value) is not None
+    with pytest.raises(InputError, match=message):
+        raise InputError(explain(caught.value))
+
+
+@pytest.mark.parametrize('name', IMAGES)
+def test_images_that_a_worker_cannot_read(tmp_path, name):
+    damage, message = IMAGES[name]
+    data = dataset(tmp_path, content())
+    damage(tmp_path / 'images/1.png')
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        list(DataLoader(data, num_workers=1, collate_fn=pseudo_collate))
+    sentence = explain(caught.value)
+    assert '1.png' in sentence or 'num_workers=0' in sentence
+    assert len(sentence.splitlines()) == 1
+
+
+def test_an_image_of_another_size(tmp_path):
+    data = content()
+    data['images'][2].update(width=640, height=480)
+    assert '2.png is 64 x 48 pixels, where' in answer(tmp_path, data)
+
+
+def test_strict_can_be_relaxed(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr('mmdet_odconv.engine.data_check.print_log',
+                        lambda message, logger, level: said.append(message))
+    data = content()
+    data['images'][2].update(width=640)
+    check_data(dataset(tmp_path, data), strict=False)
+    assert '2.png is 64 x 48 pixels' in said[0]
+
+
+def test_json_nested_deep(tmp_path):
+    sentence = answer(tmp_path, '[' * 100_000 + ']' * 100_000)
+    assert 'could not be read as COCO (RecursionError' in sentence
+
+
+def test_a_sample_of_many_images_is_read(tmp_path, monkeypatch):
+    data = content()
+    data['images'] = [dict(id=i, file_name='0.png', width=64, height=48) for i in range(1000)]
+    data['annotations'] = [dict(data['annotations'][0], id=i, image_id=i) for i in range(1000)]
+    read = []
+    many = dataset(tmp_path, data)
+    load = many.pipeline.transforms[0]
+    monkeypatch.setattr(type(load), 'transform', lambda self, results: read.append(
+        results['img_id']) or dict(ori_shape=(48, 64)))
+    check_data(many)
+    assert len(read) <= SAMPLE and read[0] == 0 and read[-1] > 900
+
+
+def test_what_is_no_coco_dataset_is_left_alone():
+    check_data(range(3))
+
+    class Own(CocoDataset):
+        def parse_data_info(self, raw):
+            return {}
+
+    check_data(Own(ann_file=os.devnull, lazy_init=True, pipeline=[]))

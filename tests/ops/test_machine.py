@@ -1,0 +1,101 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mmdet_odconv.ops import machine as machines
+from mmdet_odconv.ops.machine import NOMINAL, VARIABLE, Machine, machine, read, save, set_machine
+
+CPU = torch.device('cpu')
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch, tmp_path):
+    """Nothing measured, nothing kept."""
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    monkeypatch.delenv(VARIABLE, raising=False)
+    machines._kept.cache_clear()
+    yield
+    machines._kept.cache_clear()
+
+
+def count_measurements(monkeypatch):
+    calls, measure = [], machines.measure
+    monkeypatch.setattr(machines, 'measure', lambda *a: calls.append(a) or measure(*a))
+    return calls
+
+
+def test_measured_once_and_kept_for_later_processes(monkeypatch):
+    calls = count_measurements(monkeypatch)
+    first = machine(CPU, torch.float32)
+    assert all(value > 0 for value in vars(first).values())
+    machines._kept.cache_clear()  # as in another process
+    assert machine(CPU, torch.float32) == first and len(calls) == 1
+    machine(CPU, torch.float64)
+    assert len(calls) == 2 and len(read(machines.cache_file())) == 2
+
+
+def test_other_instruction_sets_are_another_machine(monkeypatch):
+    calls = count_measurements(monkeypatch)
+    machine(CPU, torch.float32)
+    monkeypatch.setenv('MKL_ENABLE_INSTRUCTIONS', 'AVX2')
+    machines._kept.cache_clear()
+    machine(CPU, torch.float32)
+    assert len(calls) == 2
+
+
+def test_a_file_of_ones_own(monkeypatch, tmp_path):
+    calls, path = count_measurements(monkeypatch), tmp_path / 'new' / 'machine.json'
+    monkeypatch.setenv(VARIABLE, str(path))
+    first = machine(CPU, torch.float32)
+    assert len(calls) == 1 and list(read(path).values()) == [first]
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert machine(CPU, torch.float32) == first
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_no_choice_depends_on_a_measurement_where_that_is_asked(monkeypatch):
+    calls = count_measurements(monkeypatch)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert machine(CPU, torch.float32) == NOMINAL
+    finally:
+        torch.use_deterministic_algorithms(False)
+    monkeypatch.setenv(VARIABLE, 'nominal')
+    machines._kept.cache_clear()
+    assert machine(CPU, torch.float32) == NOMINAL
+    set_machine(Machine(1, 2, 3, 4, 5, 6))
+    try:
+        assert machine(CPU, torch.float32) == Machine(1, 2, 3, 4, 5, 6)
+    finally:
+        set_machine(None)
+    assert machine(torch.device('meta'), torch.float32) == NOMINAL and not calls
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{"a": 1}', '{"a": {"convolution": 1}}', json.dumps(
+    {'a': dict(vars(NOMINAL), bandwidth=0)})])
+def test_a_damaged_file_is_measured_anew(text):
+    machines.cache_file().parent.mkdir(parents=True)
+    machines.cache_file().write_text(text)
+    assert read(machines.cache_file()) == {}
+    kept = machine(CPU, torch.float32)
+    assert list(read(machines.cache_file()).values()) == [kept]
+
+
+def test_a_directory_that_cannot_be_written_is_none(monkeypatch, tmp_path):
+    (tmp_path / 'file').write_text('')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))
+    assert machine(CPU, torch.float32) == machine(CPU, torch.float32)
+    save({}, tmp_path / 'file' / 'machine.json')
+
+
+def test_command(tmp_path):
+    result = subprocess.run([sys.executable, '-m', 'mmdet_odconv.ops'], capture_output=True,
+                            text=True)
+    assert result.returncode == 0, result.stderr
+    assert 'Gflop/s' in result.stdout and f'kept in {machines.cache_file()}' in result.stdout
+    assert len(read(machines.cache_file())) == 1

@@ -1,0 +1,157 @@
+"""The export command on detectors of the quickstart's kind: the file detects what they detect."""
+import functools
+import json
+import re
+import runpy
+import sys
+
+import digits
+import pytest
+import torch
+from mmdet.registry import DATASETS
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+
+import mmdet_odconv
+from mmdet_odconv.checkpoints.swapping import build_model
+from mmdet_odconv.deployment.evaluation import ExportedDetector
+from mmdet_odconv.deployment.export import Runtime
+
+CONFIG = """
+_base_ = {base!r}
+model = dict(
+    backbone=dict(base_channels=8, stem_channels=8, kernel_num=2),
+    neck=dict(in_channels=[8, 16, 32, 64]), test_cfg=dict(rcnn=dict(max_per_img=20)))
+test_dataloader = dict(batch_size=2)
+"""
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    """Four images, and tiny Faster and Mask R-CNNs with random weights."""
+    root = tmp_path_factory.mktemp('export')
+    digits.make(root)
+    for kind in ('faster', 'mask'):
+        base = digits.ROOT / f'configs/quickstart/{kind}-rcnn_od-r18-k4_fpn_digits.py'
+        (root / f'{kind}.py').write_text(CONFIG.format(base=str(base)))
+        torch.manual_seed(0)
+        model = build_model(Config.fromfile(root / f'{kind}.py'))
+        torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(
+            classes=tuple('0123456789')))), root / f'{kind}.pth')
+    return root
+
+
+@pytest.fixture
+def run(root, monkeypatch, capsys):
+    """Run a command in ``root``; returns what it exited with and what it printed."""
+
+    def run(tool, *args):
+        monkeypatch.chdir(root)
+        script = str(digits.ROOT / 'tools' / tool)
+        monkeypatch.setattr(sys, 'argv', [script, *map(str, args)])
+        code = None
+        try:
+            runpy.run_path(script, run_name='__main__')
+        except SystemExit as end:
+            code = end.code
+        return code, capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def export(run):
+    return functools.partial(run, 'deployment/export.py')
+
+
+def detector(root, kind):
+    config = Config.fromfile(root / f'{kind}.py')
+    model = build_model(config)
+    model.load_state_dict(torch.load(root / f'{kind}.pth')['state_dict'])
+    return config, model.eval()
+
+
+@pytest.mark.parametrize(('kind', 'options'), [
+    ('faster', ('--evaluate', )), ('mask', ('--fuse', '--normalize', '--opset', '16'))])
+def test_onnx(root, export, kind, options):
+    code, said = export(f'{kind}.py', f'{kind}.pth', '--out', f'{kind}.onnx', *options)
+    assert code is None, code
+    checked = re.findall(r'(\d+)x(\d+): 20 detections equal, boxes within', said)
+    assert len(set(checked)) == 2
+    described = json.loads((root / f'{kind}.json').read_text())
+    assert described['classes'] == list('0123456789')
+    assert ('mean' in described['input']) == (kind == 'faster')
+    if '--evaluate' in options:
+        (plain, ), (exported, ) = (re.findall(rf'{name}: bbox_mAP (\S+),', said)
+                                   for name in ('PyTorch', 'faster.onnx'))
+        assert plain == exported
+
+    # In MMDetection's hands: boxes and masks in pixels of the original images.
+    config, model = detector(root, kind)
+    data = pseudo_collate([DATASETS.build(config.test_dataloader.dataset)[i] for i in range(2)])
+    with torch.no_grad():
+        expected = [sample.pred_instances for sample in model.test_step(data)]
+    exported = ExportedDetector(Runtime(root / f'{kind}.onnx'), model.data_preprocessor,
+                                normalize='--normalize' in options)
+    for found, wanted in zip(exported.test_step(data), expected):
+        found = found.pred_instances
+        assert len(found.bboxes) == 20
+        torch.testing.assert_close(found.bboxes, wanted.bboxes, rtol=0, atol=1e-2)
+        torch.testing.assert_close(found.scores, wanted.scores, rtol=0, atol=1e-5)
+        assert torch.equal(found.labels, wanted.labels)
+        if kind == 'mask':
+            assert (found.masks != wanted.masks).float().mean() < 1e-3
+
+
+def test_torchscript(export):
+    code, said = export('faster.py', 'faster.pth', '--out', 'script.pt', '--format', 'torchscript')
+    assert code is None and said.count('20 detections equal') == 2
+
+
+def test_what_cannot_be_exported_is_named(root, export):
+    def refused(*args):
+        code, _ = export(*args, '--out', 'refused.onnx')
+        assert not (root / 'refused.onnx').exists() and not (root / 'refused.json').exists()
+        return code
+
+    (root / 'soft.py').write_text(
+        "_base_ = './faster.py'\nmodel = dict(test_cfg=dict(rcnn=dict(nms=dict(type='soft_nms'))))")
+    assert refused('soft.py', 'faster.pth').startswith(
+        "error: The test_cfg of the roi_head has nms={'type': 'soft_nms', 'iou_threshold': 0.5}, w")
+    assert refused('faster.py', 'mask.pth', '--opset', '15').startswith(
+        'error: opset is 15, where at least 16')
+    assert refused('mask.py', 'faster.pth').startswith('error: faster.pth lacks ')
+    (root / 'rpn.py').write_text(
+        "_base_ = './faster.py'\nmodel = dict(roi_head=dict(bbox_roi_extractor=dict("
+        "type='GenericRoIExtractor')))")
+    assert refused('rpn.py', 'faster.pth').startswith(
+        'error: The roi_head.roi_extractor is a GenericRoIExtractor, which predicts in a way of')
+
+
+def test_image_demo(root, run):
+    code, said = run('image_demo.py', 'data/digits/val', 'faster.py', '--weights', 'faster.pth',
+                     '--out', 'demo', '--device', 'cpu')
+    assert code is None and '4 images: see demo/vis and demo/preds' in said
+    assert len(list((root / 'demo/vis').iterdir())) == 4
+    predictions = [json.loads(path.read_text()) for path in (root / 'demo/preds').iterdir()]
+    assert [len(found['bboxes']) for found in predictions] == [20] * 4
+    code, _ = run('image_demo.py', 'none.jpg', 'faster.py', '--weights', 'faster.pth')
+    assert code.startswith('error: none.jpg does not exist: give an image')
+    code, _ = run('image_demo.py', 'data/digits/val', 'faster-rcnn_od-r18', '--weights', 'x.pth')
+    assert 'did you mean faster-rcnn_od-r18-k4_fpn_digits.py' in code
+
+
+def test_configs_by_name(tmp_path):
+    path = mmdet_odconv.config_path('faster-rcnn_od-r50-k4_fpn_1x_coco')
+    assert mmdet_odconv.config_path(path) == path
+    mine = tmp_path / 'mine.py'
+    mine.write_text("_base_ = 'mmdet_odconv::odconv/faster-rcnn_od-r50-k4_fpn_1x_coco.py'")
+    assert Config.fromfile(mine).model == Config.fromfile(path).model
+
+
+def test_a_file_that_differs_is_not_written(root, export, monkeypatch):
+    monkeypatch.setattr(Runtime, '__call__', lambda self, image: [
+        value + 1 if i == 0 else value for i, value in enumerate(self._run(image))])
+    code, _ = export('faster.py', 'faster.pth', '--out', 'wrong.onnx')
+    assert code.startswith('error: The file differs from the detector in an image of ')
+    assert not (root / 'wrong.onnx').exists() and not (root / 'wrong.json').exists()

@@ -1,0 +1,81 @@
+"""Write a detector to one file that runs without MMDetection, and check it.
+
+    mim run mmdet_odconv export CONFIG CHECKPOINT --out model.onnx [--fuse] [--evaluate]
+
+CONFIG is a path or the bare name of one of the plugin's. Beside the file, a JSON file of the same
+name says how images are to be prepared and what the outputs mean. The file is run in its runtime
+on images of two sizes and compared with the detector; --evaluate computes COCO mAP through it.
+"""
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+from mmdet_odconv import fuse
+from mmdet_odconv.checkpoints.files import refuse_existing
+from mmdet_odconv.deployment.detector import TensorDetector
+from mmdet_odconv.deployment.evaluation import ExportedDetector, evaluate
+from mmdet_odconv.deployment.export import (
+    FORMATS,
+    Runtime,
+    example_images,
+    export_detector,
+    load_detector,
+    preprocessing,
+    write_preprocessing,
+)
+from mmdet_odconv.engine.launch import errors_explained, find_config
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', metavar='CONFIG')
+    parser.add_argument('checkpoint', metavar='CHECKPOINT')
+    parser.add_argument('--out', type=Path, required=True, metavar='FILE')
+    parser.add_argument('--format', choices=FORMATS, default='onnx')
+    parser.add_argument('--opset', type=int, default=17, help="ONNX's, at least 16")
+    parser.add_argument('--fuse', action='store_true', help='fold norms into convolutions first')
+    parser.add_argument('--normalize', action='store_true',
+                        help='take BGR images of 0 to 255 and normalise them in the graph')
+    parser.add_argument('--image', action='append', default=[], metavar='FILE',
+                        help='to check with; the first of the test set if not given')
+    parser.add_argument('--no-check', action='store_true', help='do not run the file')
+    parser.add_argument('--evaluate', action='store_true',
+                        help="mAP on the config's test set, through the file and without")
+    parser.add_argument('--force', action='store_true', help='replace files that exist')
+    args = parser.parse_args()
+    with errors_explained():
+        described = args.out.with_suffix('.json')
+        for file in (args.out, described):
+            refuse_existing(file, args.force)
+        path = Path(args.config) if Path(args.config).is_file() else find_config(args.config)
+        config = Config.fromfile(path)
+        init_default_scope(config.get('default_scope', 'mmdet'))
+        model, classes = load_detector(config, args.checkpoint)
+        detector = TensorDetector(fuse(model) if args.fuse else model, args.normalize)
+        images = example_images(config, model, args.normalize, args.image)
+        checked = export_detector(detector, args.out, images, args.format, args.opset,
+                                  not args.no_check, args.force)
+        write_preprocessing(preprocessing(config, model, args.normalize, classes),
+                            described, args.force)
+        print(f'{args.out}: {args.out.stat().st_size / 1e6:.1f} MB')
+        for found in checked:
+            print('{size}: {detections} detections equal, boxes within {boxes:.1g} px, scores '
+                  'within {scores:.1g}'.format(**found))
+        if args.evaluate:
+            exported = ExportedDetector(Runtime(args.out), model.data_preprocessor, args.normalize)
+            with tempfile.TemporaryDirectory() as work_dir:
+                results = evaluate(config, {'PyTorch': model, args.out.name: exported}, work_dir)
+            for name, (metrics, milliseconds) in results.items():
+                figures = ', '.join(f'{key.split("/")[-1]} {value:.4f}'
+                                    for key, value in metrics.items() if key.endswith('mAP'))
+                print(f'{name}: {figures}, {milliseconds:.1f} ms an image with '
+                      f'{torch.get_num_threads()} threads')
+
+
+if __name__ == '__main__':
+    main()
