@@ -22,8 +22,8 @@ def mix_cells(attention: Tensor, cells: Tensor, kernel_shape: Size4d) -> Tensor:
         (B, Cout, Cin / groups, kh, kw).
     """
     kernels = attention.flatten(0, 1) @ cells.flatten(1)
-    kernels = kernels.view(len(attention), *_grid(kernel_shape, cells.shape[1:3]))
-    return kernels.permute(0, 2, 4, 3, 5, 1).reshape(len(attention), *kernel_shape)
+    kernels = kernels.view(-1, *_grid(kernel_shape, cells.shape[1:3]))
+    return kernels.permute(0, 2, 4, 3, 5, 1).reshape(-1, *kernel_shape)
 
 
 def split_into_cells(kernel: Tensor, cell_shape: torch.Size) -> Tensor:

@@ -12,7 +12,7 @@ from reference import randomised
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmdet_odconv import InputError
+from mmdet_odconv import InputError, fuse
 from mmdet_odconv.layers import KWConv2d, WarehouseManager, set_temperature, set_warm_up
 
 
@@ -268,6 +268,35 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(y, expected)
     for name, p in model.named_parameters():
         torch.testing.assert_close(grads[name], p.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_traced_for_any_batch():
+    model = randomised(network((8, 8, 3, 1, 1), (8, 16, 1), basis_ratio=0.5)).eval()
+    model.requires_grad_(False)  # the cells, which are not in what is traced, are constants
+    both = nn.Sequential(*model[:-1])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        traced = torch.jit.trace(both, torch.randn(2, 8, 6, 6))
+        for batch in (1, 2, 5):
+            x = torch.randn(batch, 8, 6, 6)
+            torch.testing.assert_close(traced(x), both(x))
+
+
+def test_fusion_leaves_the_norm_behind_shared_cells():
+    first, second, manager = randomised(network((8, 8, 3, 1, 1), (8, 8, 1)))
+    model = nn.Sequential(first, randomised(nn.BatchNorm2d(8)), second, manager).eval()
+    x = torch.randn(2, 8, 6, 6)
+    expected = model[:-1](x)
+    fuse(model)
+    assert type(model[1]) is nn.BatchNorm2d
+    torch.testing.assert_close(model[:-1](x), expected)
+
+
+def test_attention_begins_at_random_as_released():
+    layer, _ = network((8, 8, 3))
+    assert layer.attention.fc2.weight.any()
+    layer.init_weights()
+    assert layer.attention.fc2.weight.any() and not layer.attention.fc2.bias.any()
 
 
 def test_gradient_checkpointing():
