@@ -2,6 +2,7 @@
 from typing import Callable, Container, Dict, Optional, Tuple, Union
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -84,6 +85,9 @@ class DynamicConv2d(nn.Module):
         self.groups = conv.groups
         self.padding_mode = conv.padding_mode
         self._pad_widths = conv._reversed_padding_repeated_twice
+        if min(*self.kernel_size, *self.stride, *self.dilation) < 1:
+            raise ValueError('kernel_size, stride and dilation must be at least 1, got '
+                             f'{self.kernel_size}, {self.stride} and {self.dilation}')
         self.kernel_num = kernel_num
         self.temperature = temperature
         self.init = init
@@ -114,7 +118,7 @@ class DynamicConv2d(nn.Module):
 
     def _set_attention(self, attention: nn.Module, device, dtype) -> None:
         """Take this attention, fresh from its constructor."""
-        self.attention = attention.to(device=device, dtype=dtype)
+        self.attention = placed(attention, device, dtype)
         self._begin()
 
     def _begin(self) -> None:
@@ -218,6 +222,8 @@ class DynamicConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve x, (B, Cin, H, W), to (B, Cout, Hout, Wout); ValueError on other shapes."""
+        if isinstance(x, torch.fx.Proxy):  # a tracer, to which the layer is one operation
+            return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x, ), {})
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f'{type(self).__name__} expects an input of shape '
                              f'(B, {self.in_channels}, H, W), got {tuple(x.shape)}')
@@ -285,6 +291,11 @@ def on_banks(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
 
     return apply
+
+
+def placed(module: nn.Module, device, dtype) -> nn.Module:
+    """``module`` on a device in a dtype; untouched, as a fake one must be, if neither is given."""
+    return module if device is dtype is None else module.to(device=device, dtype=dtype)
 
 
 def set_temperature(model: nn.Module, value: float) -> None:

@@ -18,7 +18,7 @@ from ..ops import (
     to_spectrum,
 )
 from ..ops.bands import BAND_NUM
-from .base import DynamicConv2d
+from .base import DynamicConv2d, placed
 from .odconv import ODAttention
 
 NEAR_ZERO = 1e-6  # the release's start of what makes gates: so near to 1, but learning
@@ -85,7 +85,7 @@ class FDConv2d(DynamicConv2d):
         has_bands = fbm and self.kernel_size == (3, 3)
         self.FBM = FrequencyBandModulation(in_channels) if has_bands else None
         for module in self.children():
-            module.to(device=device, dtype=dtype)
+            placed(module, device, dtype)
 
     def make_bank(self, device, dtype) -> None:
         out_channels, inner, kh, kw = self.kernel_shape

@@ -144,7 +144,7 @@ def build_pooled_norm(cfg: dict, channels: int) -> nn.Module:
         norm = (nn.BatchNorm2d if kind == 'BN' else nn.SyncBatchNorm)(channels, **cfg)
     elif kind in ('GN', 'LN'):
         num_groups = 1 if kind == 'LN' else cfg.pop('num_groups', math.gcd(channels, 4))
-        if channels % num_groups or channels == num_groups:
+        if num_groups < 1 or channels % num_groups or channels == num_groups:
             raise ValueError('norm_cfg of the attention: num_groups must divide its '
                              f'{channels} channels and be smaller, got {num_groups}')
         norm = nn.GroupNorm(num_groups, channels, **cfg)

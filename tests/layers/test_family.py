@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mmengine.registry import MODELS
 from reference import randomised
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from mmdet_odconv import (
@@ -450,3 +451,33 @@ def test_a_hotter_attention_is_more_uniform():
     warm, hot = (layer.attention(average, t)['kernel_attention'] for t in (1, 1e4))
     torch.testing.assert_close(hot, torch.full((2, 4), 0.25), rtol=1e-2, atol=1e-3)
     assert (hot - 0.25).abs().max() < (warm - 0.25).abs().max()
+
+
+@every_layer
+def test_is_one_operation_to_a_tracer(cls):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), cls(8, 8, 3, padding=1), nn.BatchNorm2d(8)).eval()
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.target for node in traced.graph.nodes][1:-1] == ['0', '1', '2']
+    x = torch.randn(2, 3, 9, 9)
+    torch.testing.assert_close(traced(x), model(x))
+
+
+@every_layer
+def test_is_made_without_memory(cls):
+    if cls is not FDConv2d:  # whose groups of frequencies are a real tensor, shared by layers
+        with FakeTensorMode():
+            assert cls(8, 8, 3, padding=1)(torch.randn(2, 8, 9, 9)).shape == (2, 8, 9, 9)
+    with torch.device('meta'):
+        assert cls(8, 8, 3, padding=1)(torch.randn(2, 8, 9, 9)).shape == (2, 8, 9, 9)
+
+
+@every_layer
+@pytest.mark.parametrize('change', [dict(kernel_size=(0, 3)), dict(stride=0), dict(dilation=0)])
+def test_a_geometry_of_nothing_is_refused(cls, change):
+    with pytest.raises(ValueError, match='must be at least 1, got'):
+        cls(**{**dict(in_channels=8, out_channels=8, kernel_size=3), **change})
+
+
+def test_groups_of_a_norm_are_some():
+    with pytest.raises(ValueError, match='num_groups must divide its 16 channels .* got 0'):
+        ODConv2d(8, 8, 3, norm_cfg=dict(type='GN', num_groups=0))
