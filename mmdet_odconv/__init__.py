@@ -19,6 +19,8 @@ if not os.environ.get('MMDET_ODCONV_LAYERS_ONLY'):
         DyMobileNetV2,
         DyMobileNetV3,
         DyResNet,
+        KWMobileNetV2,
+        KWResNet,
         MobileNetV3,
         ODMobileNetV2,
         ODResNet,
@@ -29,16 +31,17 @@ if not os.environ.get('MMDET_ODCONV_LAYERS_ONLY'):
     )
     from .checkpoints import allow_mmengine_checkpoints, to_dynamic
     from .deployment import allow_base_configs, config_path, fuse
-    from .engine import InputCheckHook, TemperatureAnnealingHook
+    from .engine import InputCheckHook, TemperatureAnnealingHook, WarehouseWarmUpHook
     from .errors import InputError
     from .layers import CondConv2d, DCDConv2d, DyConv2d, FDConv2d, ODConv2d, set_temperature
     from .ops import dynamic_conv2d
 
     __all__ += [
         'CondConv2d', 'DCDConv2d', 'DyConv2d', 'DyMobileNetV2', 'DyMobileNetV3', 'DyResNet',
-        'FDConv2d', 'InputCheckHook', 'InputError', 'MobileNetV3', 'ODConv2d', 'ODMobileNetV2',
-        'ODResNeXt', 'ODResNet', 'ODResNetV1d', 'SEMobileNetV2', 'SEResNet',
-        'TemperatureAnnealingHook', 'config_path', 'dynamic_conv2d', 'fuse', 'set_temperature',
+        'FDConv2d', 'InputCheckHook', 'InputError', 'KWMobileNetV2', 'KWResNet', 'MobileNetV3',
+        'ODConv2d', 'ODMobileNetV2', 'ODResNeXt', 'ODResNet', 'ODResNetV1d', 'SEMobileNetV2',
+        'SEResNet', 'TemperatureAnnealingHook', 'WarehouseWarmUpHook', 'config_path',
+        'dynamic_conv2d', 'fuse', 'set_temperature',
         'to_dynamic'
     ]
 

@@ -53,10 +53,11 @@ def forward(layer, x):
         return torch.cat([
             F.conv2d(padded[b:b + 1], kernel, layer.bias, *geometry)
             for b, kernel in enumerate(fd_kernels(layer, x))])
-    if kind == 'DCDConv2d':
+    if kind in ('DCDConv2d', 'KWConv2d'):
+        kernels = dcd_kernels if kind == 'DCDConv2d' else warehouse_kernels
         return torch.cat([
             F.conv2d(padded[b:b + 1], kernel, layer.bias, *geometry)
-            for b, kernel in enumerate(dcd_kernels(layer, x))])
+            for b, kernel in enumerate(kernels(layer, x))])
     if kind == 'ODConv2d':
         return dynamic_conv2d(padded, layer.weight, layer.bias, *geometry,
                               **odconv_attentions(layer, x))
@@ -102,6 +103,39 @@ def dcd_kernels(layer, x):
                     for first in [o // (out_channels // layer.groups) * group_channels]]
             fused = fused + torch.stack(rows)[:, :, None, None] * centre
         yield scale[b][:, None, None, None] * w0 + fused
+
+
+def warehouse_kernels(layer, x):
+    """KernelWarehouse: every cell of every image's kernel a mixture of all cells of a warehouse."""
+    attention, cells, tau = layer.attention, layer.warehouse.cells, layer.warehouse.manager.tau
+    n, co, ci = cells.shape[:3]
+    out_channels, group_channels, kh, kw = layer.kernel_shape
+    m = kh * kw * (out_channels // co) * (group_channels // ci)
+    hidden = torch.relu(batch_normed(attention.norm1, linear(attention.fc1, x.mean((2, 3)))))
+    z = linear(attention.fc2, hidden).reshape(len(x), m, -1)
+    if attention.fc3 is not None:
+        first, last = layer.own.start, layer.own.stop
+        own = last - first
+        others = z[:, :, own:-1] @ attention.fc3.weight.T
+        z = torch.cat([others[:, :, :first], z[:, :, :own], others[:, :, first:], z[:, :, -1:]], 2)
+        z = z + attention.basis_bias.reshape(m, n + 1)
+    for b in range(len(x)):
+        kernel = torch.zeros(layer.kernel_shape, dtype=x.dtype)
+        i = 0
+        for y in range(kh):
+            for w in range(kw):
+                for o in range(0, out_channels, co):
+                    for c in range(0, group_channels, ci):
+                        total = sum(z[b, i, p].abs() for p in range(n + 1)) + 1e-3
+                        cell = sum(((1 - tau) * z[b, i, j] / total + tau * attention.beta[i, j])
+                                   * cells[j, :, :, 0, 0] for j in range(n))
+                        patch = torch.zeros_like(kernel)
+                        patch[o:o + co, c:c + ci, y, w] = 1
+                        kernel = kernel + patch * F.pad(
+                            cell, (c, group_channels - c - ci, o, out_channels - o - co)
+                        )[:, :, None, None]
+                        i += 1
+        yield kernel
 
 
 def waves(size, frequencies):
@@ -183,9 +217,12 @@ def fd_bands(layer, x):
 
 def pooled_norm(attention, x):
     """The hidden layer of ODConv's attention, and of FDConv's, before its activation."""
-    hidden = linear(attention.fc, x.mean((2, 3)))
-    bn = attention.bn
-    if bn.training and len(x) > 1:
+    return batch_normed(attention.bn, linear(attention.fc, x.mean((2, 3))))
+
+
+def batch_normed(bn, hidden):
+    """BatchNorm of an attention's hidden values, (B, C)."""
+    if bn.training and len(hidden) > 1:
         mean, var = hidden.mean(0), hidden.var(0, unbiased=False)
     else:
         mean, var = bn.running_mean, bn.running_var

@@ -1,6 +1,6 @@
 """The one decision that makes a static backbone dynamic: which of its convolutions are."""
 import re
-from typing import Optional
+from typing import List, Optional
 
 from ..checkpoints import read_published_names
 from ..errors import InputError
@@ -48,8 +48,8 @@ class DynamicBackbone:
         given = {name: value for name, value in given.items() if value is not None}
         pattern = self.dynamic_convs if dynamic_convs is None else dynamic_convs
         try:
-            replaced = replace_convs(self, pattern,
-                                     {**self.dynamic_conv_cfg, **given, **(conv_cfg or {})})
+            replaced = self.make_dynamic(pattern,
+                                         {**self.dynamic_conv_cfg, **given, **(conv_cfg or {})})
         except re.error as error:
             raise InputError(f'dynamic_convs={pattern!r} is no regular expression '
                              f'({error}).') from error
@@ -59,6 +59,10 @@ class DynamicBackbone:
                              f'such as {self.dynamic_convs!r}.')
         read_published_names(self)
         self._freeze_stages()  # the backbone froze the convolutions that were here before
+
+    def make_dynamic(self, pattern: str, conv_cfg: dict) -> List[str]:
+        """Replace the convolutions whose names match; return those names."""
+        return replace_convs(self, pattern, conv_cfg)
 
     def _freeze_stages(self) -> None:
         super()._freeze_stages()

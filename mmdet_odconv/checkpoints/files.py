@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..version import __version__
-from .published import check_finite
+from .published import check_finite, weights_of
 
 
 def read_weights(filename: str, map_location='cpu') -> Tuple[Dict[str, Tensor], dict]:
@@ -25,8 +25,7 @@ def read_weights(filename: str, map_location='cpu') -> Tuple[Dict[str, Tensor], 
     if not isinstance(checkpoint, dict):
         raise InputError(f'Checkpoint {filename} holds a {type(checkpoint).__name__}, where a '
                          'dict of weights was expected: save model.state_dict().')
-    state = checkpoint.get('state_dict', checkpoint)
-    state = state if isinstance(state, Mapping) else {}
+    state = weights_of(checkpoint)
     tensors = {name: value for name, value in state.items()
                if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors or len(tensors) != len(state):

@@ -104,7 +104,7 @@ def load_static(model: nn.Module, state: Mapping[str, Tensor], strict: bool = Fa
         raise InputError(f'{kind} has no dynamic convolution to inflate: give a dynamic config.')
     state = strip_prefix(state, 'module.')
     try:
-        with _inflating(layers.values()):
+        with _inflating([m for m in model.modules() if hasattr(m, 'takes_static')]):
             result = model.load_state_dict(dict(state), strict=False)
     except RuntimeError as error:
         shapes = re.findall(r'size mismatch for (.+?): copying a param with shape '
@@ -115,7 +115,7 @@ def load_static(model: nn.Module, state: Mapping[str, Tensor], strict: bool = Fa
                          f'{kind}, the first {shapes[0][0]}, {shapes[0][1]} where {shapes[0][2]} '
                          'was expected: give weights of the same network.') from error
     missing = [name for name in result.missing_keys if not name.endswith('num_batches_tracked')]
-    without = [name for name, layer in layers.items() if f'{name}.{layer.bank_name}' in missing]
+    without = [name for name in layers if any(key.startswith(f'{name}.') for key in missing)]
     if without:
         raise InputError(f'{len(without)} of the {len(layers)} dynamic layers of {kind} have no '
                          f'static counterpart: {few(without)}; give weights of the same network.')

@@ -2,7 +2,8 @@
 
 The ODConv release names ResNets as MMDetection does and MobileNetV2 as torchvision does, with
 ``module.`` before the names of its classifiers and ``backbone.`` before those of its detectors'
-backbones; the classifier stays in both.
+backbones; the classifier stays in both. The KernelWarehouse release does so too, without
+``module.``, and its classifiers' files hold their weights as ``model``.
 """
 import collections
 import re
@@ -27,8 +28,8 @@ MOBILENET_V2_STAGES = [f'layer{stage}.{block}'
 # Heads and norms that only one layer's attention has.
 LAYERS = {
     'ODConv2d': 'attention.channel_fc.weight', 'DCDConv2d': 'attention.fusion_fc.weight',
-    'FDConv2d': 'KSM_Global.channel_fc.weight', 'DyConv2d': 'attention.fc.weight',
-    'CondConv2d': 'attention.kernel_fc.weight',
+    'FDConv2d': 'KSM_Global.channel_fc.weight', 'KWConv2d': 'attention.fc2.weight',
+    'DyConv2d': 'attention.fc.weight', 'CondConv2d': 'attention.kernel_fc.weight',
 }
 
 
@@ -78,6 +79,14 @@ def convert_published(state: Mapping[str, Tensor]) -> Tuple[Dict[str, Tensor], L
     return converted, left_out
 
 
+def weights_of(checkpoint: Mapping) -> Mapping:
+    """The weights in what a file holds: under a name, or by themselves."""
+    for name in ('state_dict', 'model'):
+        if isinstance(checkpoint.get(name), Mapping):
+            return checkpoint[name]
+    return checkpoint
+
+
 def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> Dict[str, Tensor]:
     """``state`` with ``prefix`` taken off the names that begin with it."""
     return {name[len(prefix):] if name.startswith(prefix) else name: tensor
@@ -99,6 +108,7 @@ def _rename(backbone: nn.Module, state: Dict[str, Tensor], prefix: str, *_) -> N
               if name.startswith(prefix)}
     if not theirs:
         return
+    theirs = weights_of(theirs)
     total = len(theirs)
     theirs = strip_prefix(theirs, 'module.')
     left_out = {}
@@ -178,22 +188,28 @@ def _check_shapes(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Non
     """Raised, because MMEngine only logs what torch would collect, and trains on."""
     # What is given for a bank is for its layer to check: it may take a static kernel.
     layers = tuple(name[:-len('weight')] for name, tensor in given.items() if name in own
-                   and own[name].dim() == 5 and own[name].shape != tensor.shape)
+                   and name.endswith('.weight') and own[name].dim() == 5
+                   and own[name].shape != tensor.shape)
     for name, tensor in given.items():
         expected = own.get(name, tensor)
         if expected.shape != tensor.shape and not name.startswith(layers):
-            hint = ', one with the same dynamic_convs' if tensor.dim() == 5 else ''
+            hint = ''
+            if name.startswith('warehouse_manager.'):
+                hint = ', of the same budget'
+            elif tensor.dim() == 5:
+                hint = ', one with the same dynamic_convs'
             raise InputError(
                 f'{name} of the checkpoint has the shape {tuple(tensor.shape)}, where '
                 f'{tuple(expected.shape)} was expected: give weights of the same network{hint}.')
 
 
 def check_released(weights: Mapping[str, Tensor]) -> None:
-    """InputError unless ``weights``, under MMDetection's names, are of an ODConv network."""
+    """InputError unless ``weights``, under MMDetection's names, are of a network of a release."""
     found = architecture(strip_prefix(weights, 'backbone.'))
-    if 'family' not in found or found.get('layer') != 'ODConv2d':
+    if 'family' not in found or found.get('layer') not in ('ODConv2d', 'KWConv2d'):
         raise InputError(f'The file holds {few(list(weights))}, where a ResNet or MobileNetV2 with '
-                         'ODConv was expected: give a file of the ODConv release.')
+                         'ODConv was expected: give a file of the ODConv release, or of '
+                         "KernelWarehouse's.")
 
 
 def architecture(state: Mapping[str, Tensor]) -> Dict[str, object]:

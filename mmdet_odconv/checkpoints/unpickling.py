@@ -97,6 +97,13 @@ def _empty_bytes() -> bytes:
     return b''
 
 
+class _Skipped:
+    """Stands for the settings that KernelWarehouse's files hold beside weights, and keeps none."""
+
+    def __setstate__(self, state) -> None:
+        pass
+
+
 ATTRIBUTES = {
     _History: {name: getattr(HistoryBuffer, name) for name in ('min', 'max', 'mean', 'current')},
     _OneCycle: {name: getattr(OneCycleParamScheduler, name)
@@ -116,7 +123,7 @@ def _attribute(owner, name: str):
 
 STAND_INS = {
     'numpy.dtype': _Kind, 'numpy.ndarray': _Array, 'builtins.getattr': _attribute,
-    'builtins.bytes': _empty_bytes,
+    'builtins.bytes': _empty_bytes, 'argparse.Namespace': _Skipped,
     **{f'numpy.{core}.multiarray.{name}': stand_in for core in ('core', '_core')  # NumPy 1, 2
        for name, stand_in in (('_reconstruct', _reconstruct), ('scalar', _scalar))},
     f'{HistoryBuffer.__module__}.HistoryBuffer': _History,

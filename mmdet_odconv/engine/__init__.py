@@ -1,8 +1,9 @@
 """Hooks, and the door through which mmdet's own scripts are called."""
 from .checkpointing import SafeCheckpointHook
 from .distributed import GradientCompressionHook
-from .hooks import InputCheckHook, TemperatureAnnealingHook
+from .hooks import InputCheckHook, TemperatureAnnealingHook, WarehouseWarmUpHook
 
 __all__ = [
-    'GradientCompressionHook', 'InputCheckHook', 'SafeCheckpointHook', 'TemperatureAnnealingHook'
+    'GradientCompressionHook', 'InputCheckHook', 'SafeCheckpointHook', 'TemperatureAnnealingHook',
+    'WarehouseWarmUpHook'
 ]

@@ -85,7 +85,7 @@ def equal_budget(config: Config, iterations: int, seed: int, images: int,
     """The config, trained for so many iterations from this seed.
 
     A linear warm-up, a constant rate and, in the second half, a cosine; where the config anneals
-    the temperature, it does so over the first third.
+    its attention, it does so over the first third.
 
     Args:
         config: changed in place.
@@ -110,7 +110,7 @@ def equal_budget(config: Config, iterations: int, seed: int, images: int,
     config.default_hooks.checkpoint.update(
         by_epoch=False, interval=max(1, iterations // 4), max_keep_ckpts=1)
     for hook in config.get('custom_hooks', []):
-        if hook['type'] == 'TemperatureAnnealingHook':
+        if hook['type'] in ('TemperatureAnnealingHook', 'WarehouseWarmUpHook'):
             epoch = -(-images // config.train_dataloader.batch_size)
             hook['end_epoch'] = iterations / epoch / 3
     return config

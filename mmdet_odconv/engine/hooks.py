@@ -1,4 +1,4 @@
-"""Hooks: temperature annealing, and checks before hours are spent on a mistaken input."""
+"""Hooks: annealing of attention, and checks before hours are spent on a mistaken input."""
 import logging
 import os
 import re
@@ -8,16 +8,52 @@ from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, Runner
+from torch import nn
 
 from ..checkpoints.contents import check_resumable, forget_paths
 from ..checkpoints.published import check_finite, few, strip_prefix
 from ..errors import InputError
-from ..layers import DynamicConv2d, set_temperature
+from ..layers import DynamicConv2d, set_temperature, set_warm_up
 from .data_check import check_data, unwrapped
 
 
+class AnnealingHook(Hook):
+    """Lets a value in the model change linearly as training begins; a subclass says which.
+
+    The value follows from the iteration alone, so that a resumed run continues with the right one;
+    it is logged under the subclass's ``name``.
+
+    Args:
+        begin: value of the first iteration.
+        end_epoch: number of epochs after which it is ``end``, > 0; may be fractional.
+        by_epoch: change the value at epochs only rather than at every iteration.
+    """
+
+    name: str
+    end: float
+
+    def __init__(self, begin: float, end_epoch: float, by_epoch: bool = False) -> None:
+        self.begin, self.end_epoch, self.by_epoch = begin, end_epoch, by_epoch
+
+    def set_value(self, model: nn.Module, value: float) -> None:
+        raise NotImplementedError
+
+    def before_train(self, runner: Runner) -> None:
+        self._anneal(runner)
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
+        self._anneal(runner)  # also after validation
+
+    def _anneal(self, runner: Runner) -> None:
+        epoch = runner.iter / len(runner.train_dataloader)
+        progress = min(1.0, (int(epoch) if self.by_epoch else epoch) / self.end_epoch)
+        value = self.begin + (self.end - self.begin) * progress
+        self.set_value(runner.model, value)
+        runner.message_hub.update_scalar(f'train/{self.name}', value)
+
+
 @HOOKS.register_module()
-class TemperatureAnnealingHook(Hook):
+class TemperatureAnnealingHook(AnnealingHook):
     """Lets the temperature of all dynamic convolutions fall linearly to 1 as training begins.
 
     Near-uniform attention at first trains every kernel of the bank (Dynamic Convolution, CVPR
@@ -36,29 +72,52 @@ class TemperatureAnnealingHook(Hook):
         ValueError: if ``begin`` or ``end_epoch`` is not greater than 0.
     """
 
+    name, end = 'temperature', 1.0
+
     def __init__(self, begin: float = 30.0, end_epoch: float = 10, by_epoch: bool = False) -> None:
         if not (begin > 0 and end_epoch > 0):
             raise ValueError('begin and end_epoch must be greater than 0, got '
                              f'{begin} and {end_epoch}')
-        self.begin, self.end_epoch, self.by_epoch = begin, end_epoch, by_epoch
+        super().__init__(begin, end_epoch, by_epoch)
 
-    def before_train(self, runner: Runner) -> None:
-        self._anneal(runner)
-
-    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
-        self._anneal(runner)  # also after validation
+    def set_value(self, model: nn.Module, value: float) -> None:
+        set_temperature(model, value)
 
     def before_val(self, runner: Runner) -> None:
-        set_temperature(runner.model, 1.0)
+        set_temperature(runner.model, self.end)
 
     before_test = after_train = before_val
 
-    def _anneal(self, runner: Runner) -> None:
-        epoch = runner.iter / len(runner.train_dataloader)
-        progress = min(1.0, (int(epoch) if self.by_epoch else epoch) / self.end_epoch)
-        value = self.begin + (1.0 - self.begin) * progress
-        set_temperature(runner.model, value)
-        runner.message_hub.update_scalar('train/temperature', value)
+
+@HOOKS.register_module()
+class WarehouseWarmUpHook(AnnealingHook):
+    """Lets the attention over warehouses of cells come into effect linearly as training begins.
+
+    At first each cell of a kernel is one cell of the warehouse, so that all of them learn
+    (KernelWarehouse, ICML 2024): the paper's tau falls from ``begin`` to 0. It is logged as
+    ``tau`` and is in the model's state: a checkpoint, a copy by ``EMAHook`` and validation have
+    the tau of their moment.
+
+    Args:
+        begin: tau of the first iteration, above 0 to 1.
+        end_epoch: number of epochs after which it is 0, > 0; may be fractional. The release has 20
+            of 300 for ResNets, and 15 of 150 for MobileNetV2.
+        by_epoch: change the value at epochs only rather than at every iteration.
+
+    Raises:
+        ValueError: if ``begin`` or ``end_epoch`` is out of range.
+    """
+
+    name, end = 'tau', 0.0
+
+    def __init__(self, begin: float = 1.0, end_epoch: float = 20, by_epoch: bool = False) -> None:
+        if not (0 < begin <= 1 and end_epoch > 0):
+            raise ValueError('begin must be above 0 to 1 and end_epoch greater than 0, got '
+                             f'{begin} and {end_epoch}')
+        super().__init__(begin, end_epoch, by_epoch)
+
+    def set_value(self, model: nn.Module, value: float) -> None:
+        set_warm_up(model, value)
 
 
 @HOOKS.register_module()

@@ -1,5 +1,5 @@
 """What every dynamic convolution layer shares: geometry, bank, initialisation, forward."""
-from typing import Container, Dict, Optional, Tuple, Union
+from typing import Callable, Container, Dict, Optional, Tuple, Union
 
 import torch
 import torch.fx
@@ -184,14 +184,7 @@ class DynamicConv2d(nn.Module):
         self.weight.copy_(bank / multiple)
 
     def _apply(self, fn, *args, **kwargs):
-        """Show ``fn`` the bank as one 4-D kernel: .to(memory_format=channels_last) knows no 5-D."""
-
-        def apply(tensor: Tensor) -> Tensor:
-            if tensor.dim() != 5:
-                return fn(tensor)
-            return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
-
-        return super()._apply(apply, *args, **kwargs)
+        return super()._apply(on_banks(fn), *args, **kwargs)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         name = prefix[:-1] or type(self).__name__
@@ -287,6 +280,17 @@ class DynamicConv2d(nn.Module):
             if getattr(self, name) != default:
                 text += f', {name}={getattr(self, name)!r}'
         return text if self.bias is not None else text + ', bias=False'
+
+
+def on_banks(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``fn``, shown a bank as one 4-D kernel: .to(memory_format=channels_last) knows no 5-D."""
+
+    def apply(tensor: Tensor) -> Tensor:
+        if tensor.dim() != 5:
+            return fn(tensor)
+        return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
+
+    return apply
 
 
 def placed(module: nn.Module, device, dtype) -> nn.Module:

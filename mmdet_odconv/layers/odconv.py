@@ -112,7 +112,7 @@ class ODAttention(nn.Module):
 
     def logits(self, average: Tensor, temperature: float) -> Tuple[Tensor, Dict[str, int]]:
         """Logits of all heads side by side, (B, sum of widths), and each head's width by name."""
-        hidden = self.activate(self._normalise(self.fc(average)))
+        hidden = self.activate(normalise_pooled(self.bn, self.fc(average)))
         heads = {name: fc for name, fc in (
             ('channel_attention', self.channel_fc), ('filter_attention', self.filter_fc),
             ('spatial_attention', self.spatial_fc), ('kernel_attention', self.kernel_fc))
@@ -126,18 +126,6 @@ class ODAttention(nn.Module):
     def activate(self, hidden: Tensor) -> Tensor:
         """The hidden layer's activation."""
         return F.relu(hidden)
-
-    def _normalise(self, x: Tensor) -> Tensor:
-        """Batch statistics of fewer than two pooled values do not exist: use the running ones."""
-        norm = self.bn
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
-            alone = norm.training and len(x) < 2 and not _is_synchronised(norm)
-            if alone and len(x) == 1 and not torch.compiler.is_compiling():
-                _warn_single_image()
-            if alone or not norm.training:
-                return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias,
-                                    False, 0.0, norm.eps)
-        return norm(x[:, :, None, None]).flatten(1)
 
 
 def build_pooled_norm(cfg: dict, channels: int) -> nn.Module:
@@ -166,6 +154,21 @@ def build_pooled_norm(cfg: dict, channels: int) -> nn.Module:
     return norm.requires_grad_(requires_grad)
 
 
+def normalise_pooled(norm: nn.Module, x: Tensor) -> Tensor:
+    """Pooled values x, (B, C), by what :func:`build_pooled_norm` built.
+
+    Batch statistics of fewer than two pooled values do not exist: use the running ones.
+    """
+    if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
+        alone = norm.training and len(x) < 2 and not _is_synchronised(norm)
+        if alone and len(x) == 1 and not torch.compiler.is_compiling():
+            _warn_single_image()
+        if alone or not norm.training:
+            return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias,
+                                False, 0.0, norm.eps)
+    return norm(x[:, :, None, None]).flatten(1)
+
+
 def _is_synchronised(norm: nn.Module) -> bool:
     return (isinstance(norm, nn.SyncBatchNorm) and torch.distributed.is_available()
             and torch.distributed.is_initialized()
@@ -175,8 +178,8 @@ def _is_synchronised(norm: nn.Module) -> bool:
 @functools.cache
 def _warn_single_image() -> None:
     warnings.warn(
-        'ODConv2d is training with one image per device, where the BatchNorm of its attention '
-        'has one value per channel and no statistics to take from it: it normalises with its '
-        'running statistics instead. To train the statistics too, use more images per device or '
-        "conv_cfg=dict(type='ODConv2d', norm_cfg=dict(type='SyncBN')), or 'GN', or 'LN'.",
+        'ODConv2d or KWConv2d is training with one image per device, where the BatchNorm of its '
+        'attention has one value per channel and no statistics to take from it: it normalises '
+        'with its running statistics instead. To train the statistics too, use more images per '
+        "device, or in the layer's conv_cfg norm_cfg=dict(type='SyncBN'), or 'GN', or 'LN'.",
         stacklevel=2)

@@ -1,3 +1,4 @@
+import argparse
 import copy
 import gzip
 import json
@@ -10,7 +11,9 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.runner import load_checkpoint
 
-from mmdet_odconv import InputError, ODMobileNetV2, ODResNet
+from mmdet_odconv import InputError, KWMobileNetV2, KWResNet, ODMobileNetV2, ODResNet
+from mmdet_odconv.checkpoints import convert_published, read_weights
+from mmdet_odconv.checkpoints.published import check_released
 
 ROOT = Path(__file__).parents[2]
 
@@ -194,3 +197,80 @@ def test_weights_of_another_bank_are_refused(weights, message):
     state = (ODResNet(18, **weights) if weights else ResNet(18)).state_dict()
     with pytest.raises(InputError, match=message):
         ODResNet(18, kernel_num=4).load_state_dict(state, strict=False)
+
+
+def warehouse_shapes(data):
+    return json.loads(gzip.decompress((data / 'published_kw_checkpoint_keys.json.gz').read_bytes()))
+
+
+def warehouse_state(data, name):
+    """As ``published_state``, of KernelWarehouse's release."""
+    return {key: torch.tensor(float(i)).expand(shape)
+            for i, (key, shape) in enumerate(warehouse_shapes(data)[name].items())}
+
+
+def build_warehouse(name):
+    """'kw1d2x_resnet18', 'kw4x_mobilenetv2_050' -> the backbone."""
+    budget, network = name[len('kw'):].split('_', 1)
+    budget = f'1/{budget[2]}' if budget.startswith('1d') else budget
+    if network.startswith('resnet'):
+        return KWResNet(int(network[len('resnet'):]), budget=budget)
+    return KWMobileNetV2(int(network[-3:]) / 100, budget=budget)
+
+
+WAREHOUSES = [f'kw{b}_{n}' for n, budgets in (
+    ('resnet18', ('1d4x', '1d2x', '1x', '2x', '4x')), ('resnet50', ('1d2x', '1x', '4x')),
+    ('mobilenetv2_050', ('1d2x', '1x', '4x')), ('mobilenetv2_100', ('1d2x', '1x', '4x')))
+    for b in budgets]
+
+
+@pytest.mark.parametrize('name', WAREHOUSES)
+def test_every_tensor_of_a_warehouse_lands_where_it_should(data, name):
+    state = warehouse_state(data, name)
+    with torch.device('meta'):
+        model = build_warehouse(name)
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    # At 1/2 the classifier of MobileNetV2 has a warehouse too.
+    spare = {'warehouse_manager.weights.9'} if '1d2x_mobile' in name else set()
+    assert not missing and set(unexpected) == spare
+    ours = {key: t for key, t in model.state_dict().items() if key != 'warehouse_manager.tau'}
+    theirs = {key: t for key, t in state.items()
+              if key.split('.')[0] not in ('fc', 'classifier') and key not in spare}
+    # The release registers the warehouses first, and all else in MMDetection's order.
+    first = [key for key in theirs if key.startswith('warehouse_manager.')]
+    ordered = [*(key for key in theirs if key not in first), *first]
+    assert values(ours) == values({key: theirs[key] for key in ordered})
+    assert [t.shape for t in ours.values()] == [theirs[key].shape for key in ordered]
+
+
+def test_a_file_of_a_warehouse_with_its_settings_is_read_by_every_loader(data, tmp_path):
+    state = warehouse_state(data, 'kw1x_mobilenetv2_050')
+    file = str(tmp_path / 'kw.pth')
+    torch.save(dict(model=state, optimizer={}, epoch=1, scaler={},
+                    args=argparse.Namespace(model='kw', lr=0.05, decay=None)), file)
+    models = [build_warehouse('kw1x_mobilenetv2_050') for _ in range(2)]
+    load_checkpoint(models[0], file)
+    models[1].init_cfg = dict(type='Pretrained', checkpoint=file)
+    models[1].init_weights()
+    expected = [v for key, v in zip(state, values(state)) if not key.startswith('classifier')]
+    for model in models:
+        got = model.state_dict()
+        assert got.pop('warehouse_manager.tau') == 0
+        assert sorted(values(got)) == sorted(expected)
+    weights, checkpoint = read_weights(file)
+    assert not vars(checkpoint['args']) and len(weights) == len(state)
+    converted, left_out = convert_published(weights)
+    check_released(converted)
+    assert left_out == ['classifier.weight', 'classifier.bias']
+
+
+@pytest.mark.parametrize(('name', 'model', 'message'), [
+    ('kw1x_resnet50', lambda: KWResNet(18), 'has depth 18, but the checkpoint depth 50'),
+    ('kw1x_mobilenetv2_050', lambda: KWMobileNetV2(), 'widen_factor 1.0, but .* widen_factor 0.5'),
+    ('kw1x_resnet18', lambda: ODResNet(18), 'layer ODConv2d, but the checkpoint layer KWConv2d'),
+    ('kw1x_resnet18', lambda: KWResNet(18, budget='4x'),
+     r'weights\.0 .* \(56, 64, 64, 1, 1\), where \(224, .* expected: .* of the same budget')])
+def test_files_of_another_warehouse_are_one_sentence(data, name, model, message):
+    with pytest.raises(InputError, match=message) as error:
+        model().load_state_dict(warehouse_state(data, name), strict=False)
+    assert len(str(error.value).splitlines()) == 1

@@ -100,7 +100,7 @@ def test_trains_with_no_parameter_left_out_and_predicts(name):
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert [n for n, p in trained.items() if p.grad is None] == []
     dynamic = [p.grad for n, p in trained.items()
-               if re.search(r'(attention|KSM_Global)\.\w*fc\.weight', n)]
+               if re.search(r'(attention|KSM_Global)\.\w*fc\d?\.weight', n)]
     assert bool(dynamic) == is_dynamic and all(grad.isfinite().all() for grad in dynamic)
     model.eval()
     with torch.no_grad():
@@ -159,6 +159,7 @@ def test_schedule_is_the_published_one(name):
 def test_the_second_protocol_is_the_published_one(name):
     config = Config.fromfile(CONFIGS / name)
     assert config.model.type == 'MaskRCNN' and config.model.backbone.frozen_stages == 1
+    assert config.model.backbone.norm_eval is True
     assert config.train_cfg.max_epochs == 12 and config.train_dataloader.batch_size == 2
     optimizer = config.optim_wrapper.optimizer
     assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', 1e-4, 0.05)
@@ -192,3 +193,14 @@ def test_frozen_stages_train_what_is_asked_for_and_nothing_else():
         expected = {n for n, _ in backbone.layer1.named_parameters() if 'KSM' in n or 'FBM' in n}
         assert trained == (expected if asked else set())
         assert all(p.requires_grad for p in backbone.layer2.parameters())
+
+
+@pytest.mark.parametrize(('name', 'more'), [
+    ('kw/mask-rcnn_kw-r50_fpn_adamw-ms-1x_coco.py', 2.5),
+    ('kw/mask-rcnn_kw-r50-4x_fpn_adamw-ms-1x_coco.py', 76.5)])
+def test_warehouses_add_the_published_parameters(name, more):
+    static = '_base_/mask-rcnn_adamw-ms_1x.py'
+    with torch.device('meta'):
+        counts = [sum(p.numel() for p in MODELS.build(Config.fromfile(CONFIGS / path).model)
+                      .parameters()) / 1e6 for path in (name, static)]
+    assert round(counts[0] - counts[1], 1) == more

@@ -7,7 +7,14 @@ from mmengine.dataset import ConcatDataset as MMEngineConcatDataset
 from mmengine.logging import MessageHub
 from torch import nn
 
-from mmdet_odconv import InputCheckHook, InputError, ODConv2d, TemperatureAnnealingHook
+from mmdet_odconv import (
+    InputCheckHook,
+    InputError,
+    ODConv2d,
+    TemperatureAnnealingHook,
+    WarehouseWarmUpHook,
+)
+from mmdet_odconv.layers import WarehouseManager
 
 
 class FakeRunner(SimpleNamespace):
@@ -67,6 +74,28 @@ def test_evaluates_at_one_and_goes_on_where_it_was(evaluation, by_epoch):
 def test_bad_arguments(arguments):
     with pytest.raises(ValueError, match='begin and end_epoch must be greater than 0, got'):
         TemperatureAnnealingHook(**arguments)
+
+
+def test_warm_up_of_warehouses_falls_to_zero_and_stays_for_validation():
+    runner, hook = FakeRunner(iteration=5), WarehouseWarmUpHook(end_epoch=2)
+    manager = WarehouseManager()
+    runner.model.append(nn.Sequential(manager))
+    hook.before_train(runner)  # resumed: the right value at once
+    assert manager.tau.item() == pytest.approx(0.75)
+    for runner.iter, expected in ((5, 0.75), (10, 0.5), (19, 0.05), (20, 0), (30, 0)):
+        hook.before_train_iter(runner, 0)
+        assert manager.tau.item() == pytest.approx(expected)
+        hook.before_val(runner)
+        assert manager.tau.item() == pytest.approx(expected)
+        logged = runner.message_hub.get_scalar('train/tau').current()
+        assert logged == pytest.approx(expected)
+    assert runner.temperatures == [1, 1]
+
+
+@pytest.mark.parametrize('arguments', [dict(begin=0), dict(begin=1.5), dict(end_epoch=0)])
+def test_bad_arguments_of_the_warm_up(arguments):
+    with pytest.raises(ValueError, match='begin must be above 0 to 1 and end_epoch greater than 0'):
+        WarehouseWarmUpHook(**arguments)
 
 
 CLASSES = ('cat', 'dog', 'cow')

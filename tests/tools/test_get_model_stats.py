@@ -9,8 +9,16 @@ import torch
 import yaml
 from mmdet.models.backbones import MobileNetV2, ResNet
 from mmengine.analysis import FlopAnalyzer, parameter_count
+from torch import nn
 
-from mmdet_odconv.backbones import DyMobileNetV2, DyMobileNetV3, DyResNet, ODMobileNetV2, ODResNet
+from mmdet_odconv.backbones import (
+    DyMobileNetV2,
+    DyMobileNetV3,
+    DyResNet,
+    KWResNet,
+    ODMobileNetV2,
+    ODResNet,
+)
 
 TOOLS = Path(__file__).parents[2] / 'tools/analysis_tools'
 PUBLISHED = yaml.safe_load((Path(__file__).parents[1] / 'data/published.yml').read_text())
@@ -63,6 +71,21 @@ def test_published_madds_of_dyconv(tool, row):
         backbone, classifier = DyResNet(int(family[len('ResNet-'):])), (512, 1000)
     # The paper's FLOPs are multiplications and additions, two for a multiply-add.
     assert madds(tool, backbone, *classifier) == pytest.approx(row['gflops'] * 500, rel=0.03)
+
+
+@pytest.mark.parametrize(('budget', 'gmadds'), [('1x', 2.0), ('4x', 8.1)])
+def test_mixing_of_a_warehouse_costs_its_cells_times_the_kernels(tool, budget, gmadds):
+    backbone = KWResNet(50, budget=budget)
+    stats = [tool.model_stats(nn.ModuleDict(dict(backbone=backbone)), lambda s=size: backbone(
+        torch.zeros(1, 3, s, s))) for size in (32, 64)]
+    cells = {name: len(layer.warehouse.cells) for name, layer in backbone.named_modules()
+             if hasattr(layer, 'warehouse')}
+    kernels = {name: backbone.get_submodule(name).kernel_shape.numel() for name in cells}
+    expected = sum(cells[name] * kernels[name] for name in cells)
+    assert round(expected / 1e9, 1) == gmadds
+    for found in stats:  # whatever the resolution
+        assert found['parts']['backbone']['mixing'] == expected
+        assert sum(found['parts']['backbone'][kind] for kind in tool.KINDS) == found['madds']
 
 
 @pytest.mark.parametrize('backbone', [lambda: ResNet(50), lambda: MobileNetV2()],

@@ -294,7 +294,8 @@ def make_static(config):
 
     if DynamicBackbone in bases(config):
         config.type = bases(config)[bases(config).index(DynamicBackbone) + 1]
-        for argument in ('kernel_num', 'reduction', 'dynamic_convs', 'frozen_except'):
+        for argument in ('budget', 'kernel_num', 'reduction', 'init', 'dynamic_convs',
+                         'frozen_except'):
             config.pop(argument, None)
     for key, value in list(config.items()):
         if DynamicConv2d in bases(value):

@@ -6,7 +6,7 @@
 Each config is a path or the bare name of one of the plugin's, with options of its own after
 commas: ``faster-rcnn_od-r18-k1_fpn_digits.py,model.backbone.init=he``. Data, iterations, optimiser
 and schedule are equal, whatever a config says of them: a linear warm-up, a constant rate and, in
-the second half, a cosine. Where a config anneals the temperature, it does so over the first third.
+the second half, a cosine. Where a config anneals its attention, it does so over the first third.
 
 The first config is what the others are compared with: differences are paired by seed, with 95%
 intervals (Student's t), at equal iterations and, with --equal-time, also at equal training time:
@@ -259,7 +259,7 @@ def markdown(rows, records):
 def draw(rows, path):
     """mAP against MAdds, a colour for each family and a panel for each static backbone."""
     families = {'od': '#1f6fd6', 'dy': '#c2410c', 'cond': '#7c3aed', 'dcd': '#0f766e',
-                'se': '#b45309'}
+                'kw': '#be185d', 'se': '#b45309'}
     panels = {}
     for row in rows:
         name = short_name(row).partition(',')[0]

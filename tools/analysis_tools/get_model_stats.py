@@ -13,6 +13,7 @@ multiplications and additions that its published formulation (ODConv, eq. 3) doe
              by the spatial attention
 
 Other layers have their own, such as FDConv's Fourier transforms: see their elementwise_madds().
+Products by which a layer makes its kernels, as KernelWarehouse's of cells, are mixing.
 
 'activations' is the memory that a training step's forward pass keeps for its backward pass.
 """
@@ -37,7 +38,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmdet_odconv import InputError
 from mmdet_odconv.engine.launch import explain, find_config
 from mmdet_odconv.layers import DynamicConv2d
-from mmdet_odconv.ops import force_plan
+from mmdet_odconv.ops import force_plan, set_machine
+from mmdet_odconv.ops.machine import NOMINAL
 
 KINDS = ('convolution', 'attention', 'mixing', 'scaling', 'other')
 
@@ -93,8 +95,12 @@ def model_stats(model, forward):
             elementwise[name] = counter
             handles += [layer.attention.register_forward_hook(counter.see_attentions),
                         layer.register_forward_hook(counter.see_convolution)]
-    with torch.no_grad(), force_plan('grouped'), FlopCounterMode(display=False) as flops:
-        Root(model, forward)()
+    set_machine(NOMINAL)  # none whose convolutions go by matrix products, which others would count
+    try:
+        with torch.no_grad(), force_plan('grouped'), FlopCounterMode(display=False) as flops:
+            Root(model, forward)()
+    finally:
+        set_machine(None)
     for handle in handles:
         handle.remove()
     counts = {name: {str(op): count // 2 for op, count in ops.items()}
@@ -102,7 +108,7 @@ def model_stats(model, forward):
     parts = {}
     for part, module in model.named_children():
         found = total(counts, f'Root.model.{part}')
-        madds = dict.fromkeys(KINDS, 0)
+        madds, products = dict.fromkeys(KINDS, 0), 0
         madds['convolution'] = found.get('aten.convolution', 0)
         for name, counter in elementwise.items():
             if name == part or name.startswith(f'{part}.'):
@@ -110,7 +116,11 @@ def model_stats(model, forward):
                 madds['scaling'] += counter.scaling
                 attention = counts.get(f'Root.model.{name}.{counter.attention_name}', {})
                 madds['attention'] += sum(attention.values())
-        madds['other'] = sum(found.values()) - madds['convolution'] - madds['attention']
+                own = total(counts, f'Root.model.{name}')
+                products += sum(own.values()) - own['aten.convolution'] - sum(attention.values())
+        madds['mixing'] += products
+        madds['other'] = (
+            sum(found.values()) - madds['convolution'] - madds['attention'] - products)
         parts[part] = {'params': sum(p.numel() for p in module.parameters()), **madds}
     return {
         'params': sum(p.numel() for p in model.parameters()),
