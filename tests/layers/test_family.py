@@ -392,8 +392,12 @@ def test_dcd_latent_widths_are_the_papers(arguments, p, q):
     assert (tuple(layer.p.shape), tuple(layer.q.shape)) == (p, q)
 
 
+# FDConv begins as its release means to, with gates within 1e-3 of 1, and has no other way.
+with_init = pytest.mark.parametrize('cls', [cls for cls in LAYERS if has(cls, 'init')])
+
+
 @pytest.mark.parametrize('groups', [1, 2, 8])
-@every_layer
+@with_init
 def test_begins_with_the_same_kernel_for_all_images_and_learns_to_tell_them_apart(cls, groups):
     layer = cls(8, 8, 3, padding=1, groups=groups).double()
     x = torch.randn(3, 8, 7, 7).double() + torch.tensor([0.0, 1.0, 5.0])[:, None, None, None]
@@ -439,7 +443,7 @@ def test_he_begins_as_published_to_the_last_bit(cls, groups):
     assert layer.attention.kernel_fc.weight.any()
 
 
-@every_layer
+@with_init
 def test_weights_compute_the_same_however_the_layer_began(cls):
     zero, he = cls(8, 12, 3), cls(8, 12, 3, init='he')
     he.load_state_dict(randomised(zero).state_dict())
