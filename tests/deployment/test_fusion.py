@@ -5,6 +5,7 @@ import pytest
 import torch
 from mmcv.cnn import ConvModule, fuse_conv_bn
 from mmdet.models import RTMDetSepBNHead
+from mmengine.registry import DefaultScope
 from reference import randomised
 from torch import nn
 
@@ -95,8 +96,9 @@ def test_what_is_used_twice_or_in_another_order_stays():
 
 
 def test_a_head_that_shares_convolutions_between_levels():
-    head = randomised(RTMDetSepBNHead(2, 8, feat_channels=8, anchor_generator=dict(
-        type='MlvlPointGenerator', offset=0, strides=[8, 16]), norm_cfg=dict(type='BN'))).eval()
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        head = randomised(RTMDetSepBNHead(2, 8, feat_channels=8, anchor_generator=dict(
+            type='MlvlPointGenerator', offset=0, strides=[8, 16]), norm_cfg=dict(type='BN'))).eval()
     feats = [torch.randn(1, 8, 6, 6), torch.randn(1, 8, 3, 3)]
     expected = head(feats)
     for found, wanted in zip(sum(fuse(head)(feats), ()), sum(expected, ())):
