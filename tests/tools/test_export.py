@@ -137,7 +137,7 @@ def test_image_demo(root, run):
     assert [len(found['bboxes']) for found in predictions] == [20] * 4
     code, _ = run('image_demo.py', 'none.jpg', 'faster.py', '--weights', 'faster.pth')
     assert code.startswith('error: none.jpg does not exist: give an image')
-    code, _ = run('image_demo.py', 'data/digits/val', 'faster-rcnn_od-r18', '--weights', 'x.pth')
+    code, _ = run('image_demo.py', 'data/digits/val', 'faster-rcnn_od-r18-k4', '--weights', 'x.pth')
     assert 'did you mean faster-rcnn_od-r18-k4_fpn_digits.py' in code
 
 
