@@ -5,7 +5,7 @@ A plan is chosen by the time that it would take,
     seconds = flops / throughput + bytes / bandwidth + calls * overhead
 
 and none of the constants is written down from one machine: they are measured the first time that
-a device computes in a dtype, in less than 100 ms, and kept in the user's cache directory, so that
+a device computes in a dtype, in about 0.2 s, and kept in the user's cache directory, so that
 later processes on the machine choose alike. ``MMDET_ODCONV_MACHINE`` in the environment says
 otherwise: ``nominal`` measures nothing and takes :data:`NOMINAL`; the name of a file has the
 constants read from it, or measured and written to it where it is not there yet.
