@@ -7,3 +7,5 @@ model = dict(
         conv_cfg=dict(type='CondConv2d', kernel_num=8),
         init_cfg=dict(
             type='Pretrained', checkpoint='checkpoints/cond_resnet50_8x.pth', prefix='backbone.')))
+
+optim_wrapper = dict(optimizer=dict(fused=True))

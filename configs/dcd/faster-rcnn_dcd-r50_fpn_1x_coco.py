@@ -7,3 +7,5 @@ model = dict(
         conv_cfg=dict(type='DCDConv2d'),
         init_cfg=dict(
             type='Pretrained', checkpoint='checkpoints/dcd_resnet50.pth', prefix='backbone.')))
+
+optim_wrapper = dict(optimizer=dict(fused=True))

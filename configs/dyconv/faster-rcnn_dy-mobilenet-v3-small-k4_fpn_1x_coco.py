@@ -15,3 +15,5 @@ model = dict(
             checkpoint='checkpoints/dy_mobilenetv3_small_4x.pth',
             prefix='backbone.')),
     neck=dict(in_channels=[16, 40, 48, 576]))
+
+optim_wrapper = dict(optimizer=dict(fused=True))

@@ -9,3 +9,5 @@ model = dict(
         dynamic_convs='layer.*',
         init_cfg=dict(
             type='Pretrained', checkpoint='checkpoints/dy_resnet50_4x.pth', prefix='backbone.')))
+
+optim_wrapper = dict(optimizer=dict(fused=True))

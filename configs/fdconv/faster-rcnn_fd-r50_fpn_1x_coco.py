@@ -8,3 +8,5 @@ model = dict(
         conv_cfg=dict(type='FDConv2d'),
         frozen_except='KSM|FBM',
         init_cfg=dict(type='StaticPretrained', checkpoint='torchvision://resnet50')))
+
+optim_wrapper = dict(optimizer=dict(fused=True))

@@ -10,3 +10,5 @@ model = dict(
         norm_eval=True,
         init_cfg=dict(type='Pretrained', checkpoint='open-mmlab://mmdet/mobilenet_v2')),
     neck=dict(in_channels=[24, 32, 96, 1280]))
+
+optim_wrapper = dict(optimizer=dict(fused=True))

@@ -6,3 +6,5 @@ model = dict(
         type='ODResNet',
         kernel_num=1,
         init_cfg=dict(type='Pretrained', checkpoint='checkpoints/od_resnet50_1x.pth.tar')))
+
+optim_wrapper = dict(optimizer=dict(fused=True))

@@ -8,3 +8,5 @@ model = dict(
             checkpoint='https://download.openmmlab.com/mmclassification/v0/se-resnet/'
             'se-resnet50_batch256_imagenet_20200804-ae206104.pth',
             prefix='backbone.')))
+
+optim_wrapper = dict(optimizer=dict(fused=True))

@@ -5,3 +5,5 @@ model = dict(
         type='ODResNet',
         kernel_num=4,
         init_cfg=dict(type='Pretrained', checkpoint='checkpoints/od_resnet50_4x.pth.tar')))
+
+optim_wrapper = dict(optimizer=dict(fused=True))

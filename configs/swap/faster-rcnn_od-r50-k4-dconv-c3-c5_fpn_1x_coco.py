@@ -7,3 +7,5 @@ model = dict(
         type='ODResNet',
         kernel_num=4,
         init_cfg=dict(type='StaticPretrained', checkpoint='torchvision://resnet50')))
+
+optim_wrapper = dict(optimizer=dict(fused=True))

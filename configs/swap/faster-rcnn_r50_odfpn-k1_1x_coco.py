@@ -5,3 +5,5 @@ _base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', '../_base_/odconv
 # so it takes the norm that works for any batch.
 model = dict(
     neck=dict(conv_cfg=dict(type='ODConv2d', kernel_num=1, norm_cfg=dict(type='LN'))))
+
+optim_wrapper = dict(optimizer=dict(fused=True))

@@ -10,3 +10,5 @@ model = dict(
         norm_cfg=dict(type='BN', requires_grad=True),
         style='pytorch',
         init_cfg=dict(type='Pretrained', checkpoint='checkpoints/od_resnet50_4x.pth.tar')))
+
+optim_wrapper = dict(optimizer=dict(fused=True))

@@ -7,3 +7,5 @@ custom_hooks = [*_base_.custom_hooks, dict(type='InputCheckHook')]
 # weights of this backbone are published.
 model = dict(
     backbone=dict(conv_cfg=dict(type='ODConv2d', kernel_num=1), init_cfg=None))
+
+optim_wrapper = dict(optimizer=dict(fused=True))

@@ -5,3 +5,5 @@ custom_hooks = [*_base_.custom_hooks, dict(type='InputCheckHook')]
 
 # CSPDarknet passes conv_cfg to every convolution behind its stem's focus layer.
 model = dict(backbone=dict(conv_cfg=dict(type='ODConv2d', kernel_num=1)))
+
+optim_wrapper = dict(optimizer=dict(fused=True))
