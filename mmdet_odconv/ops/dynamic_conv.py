@@ -149,22 +149,22 @@ def choose_plan(input: Tensor, weight: Tensor, stride, padding, dilation, groups
 
 
 @functools.lru_cache(maxsize=4096)
-def _cheapest_plan(is_cpu: bool, *call) -> str:
+def _cheapest_plan(*call) -> str:
     costs = plan_costs(*call)
-    if not is_cpu:
-        costs.pop('blocked', None)  # blocks are for the caches of a CPU
     return min(costs, key=costs.get)
 
 
-def plan_costs(machine: Machine, element_size: int, training: bool, input_shape, weight_shape,
-               stride, padding, dilation, groups: int, kernel_is_shared: bool) -> Dict[str, float]:
+def plan_costs(is_cpu: bool, machine: Machine, element_size: int, training: bool, input_shape,
+               weight_shape, stride, padding, dilation, groups: int, kernel_is_shared: bool
+               ) -> Dict[str, float]:
     """Seconds that each plan would take for a call, by the machine's roofline.
 
     With B images, kernels of K elements and L output pixels: 'folded' reads the bank, writes B
     kernels and reads them again; 'blocked' reads the bank alone, but multiplies matrices, and
     patches if the kernel is not 1x1; 'shared' convolves all images at once and scales both maps.
     Training adds a backward pass: twice the flops, the kernels made again and their gradients
-    (by 'shared', the output again). The first of equals is chosen.
+    (by 'shared', the output again). Blocks are for the caches of a CPU: elsewhere kernels are made
+    by a few calls for all. The first of equals is chosen.
     """
     batch, kernel = input_shape[0], math.prod(weight_shape[1:])
     bank = kernel * weight_shape[0]
@@ -180,12 +180,12 @@ def plan_costs(machine: Machine, element_size: int, training: bool, input_shape,
     ways = way_costs(machine, element_size, input_shape, weight_shape[1:], stride, padding,
                      dilation, groups)
     # Blocks of rows, each mixed and folded by a few calls.
-    calls = 3 * max(1, batch * kernel * element_size // kernels.BLOCK_BYTES)
+    calls = 3 * (max(1, batch * kernel * element_size // kernels.BLOCK_BYTES) if is_cpu else 1)
     costs = dict(folded=seconds((3 if training else 1) * min(ways.values()),
                                 bank + 2 * batch * kernel, calls))
     if training:
         costs['folded'] += seconds(0, 3 * bank + 4 * batch * kernel, 3 * calls)
-    if groups == 1 and min(height, width) > 0:
+    if is_cpu and groups == 1 and min(height, width) > 0:
         product, patches = flops / machine.product, 0.0
         if not is_pointwise(weight_shape, stride, padding):
             elements = batch * math.prod(weight_shape[2:]) * pixels

@@ -17,6 +17,7 @@ from mmdet_odconv.ops import (
     set_machine,
 )
 from mmdet_odconv.ops.dynamic_conv import PLANS, choose_plan, plan_costs
+from mmdet_odconv.ops.kernels import BLOCK_BYTES
 from mmdet_odconv.ops.machine import NOMINAL, Machine
 
 # Triton's plan has tests of its own; a shared kernel needs other calls.
@@ -226,15 +227,22 @@ FLOPS, ELEMENTS, PATCHES, CALLS = (Machine(**{**FREE, **one}) for one in (
 
 
 def test_costs_of_plans():
-    def costs(machine, *call, training=False, shared=False, stride=1, padding=1, groups=1):
-        found = plan_costs(machine, 1, training, *call, (stride, stride), (padding, padding),
-                           (1, 1), groups, shared)
+    def costs(machine, *call, training=False, shared=False, stride=1, padding=1, groups=1,
+              is_cpu=True):
+        found = plan_costs(is_cpu, machine, 1, training, *call, (stride, stride),
+                           (padding, padding), (1, 1), groups, shared)
         return {name: pytest.approx(cost, abs=1e-9) for name, cost in found.items()}
 
     maps, bank = (2, 64, 10, 12), (4, 32, 64, 3, 3)
     kernel, patches, pixels = 32 * 64 * 9, 2 * 64 * 9 * 120, 120
     folded, blocked = 4 * kernel + 2 * 2 * kernel, 4 * kernel
     assert costs(ELEMENTS, maps, bank) == dict(folded=folded, blocked=blocked)
+    assert costs(ELEMENTS, maps, bank, is_cpu=False) == dict(folded=folded)
+    many = 64, 512, 7, 7
+    blocks = 64 * 512 * 512 * 9 // BLOCK_BYTES
+    assert costs(CALLS, many, (4, 512, 512, 3, 3))['blocked'] == 3 * blocks
+    # Elsewhere the kernels of all images are made at once; the convolution is grouped by image.
+    assert costs(CALLS, many, (4, 512, 512, 3, 3), is_cpu=False) == dict(folded=3 + 1)
     assert costs(PATCHES, maps, bank)['blocked'] == patches
     assert costs(PATCHES, maps, bank, stride=2)['blocked'] == patches / 4
     assert costs(PATCHES, maps, bank, training=True)['blocked'] == 3 * patches

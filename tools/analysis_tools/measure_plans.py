@@ -2,13 +2,21 @@
 
     python measure_plans.py ODResNet --batch 1 2 --size 416 672
     python measure_plans.py ODMobileNetV2 --batch 16 --size 224 224 --mode training
+    python measure_plans.py ODResNet --estimate docs/results/gpus.json --batch 2 --size 800 1344
 
 A layer of the backbone that occurs several times is timed once. Milliseconds are lower quartiles
 over interleaved rounds; a choice is good if it is within a tenth of the fastest plan.
+
+--estimate runs nothing: for each machine of a file, as ``python -m mmdet_odconv.ops`` keeps them,
+it adds up what the roofline expects of fp16 layers. A static layer takes its flops or the traffic
+of its maps, whichever is more; a dynamic one adds what its plan does beyond those flops, a read of
+its input to average it, and the launches of its attention.
 """
 import argparse
+import math
 import statistics
 import time
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -17,21 +25,26 @@ from rich.table import Table
 from mmdet_odconv import backbones
 from mmdet_odconv.layers import DynamicConv2d
 from mmdet_odconv.ops import dynamic_conv2d, force_plan
+from mmdet_odconv.ops.convolution import output_size
 from mmdet_odconv.ops.dynamic_conv import PLANS, choose_plan, plan_costs
-from mmdet_odconv.ops.machine import NOMINAL
+from mmdet_odconv.ops.machine import NOMINAL, read
+
+FP16 = 2  # bytes
+ATTENTION_LAUNCHES = 12  # of a forward pass of ODConv's attention, and as many and again backward
 
 
-def layer_calls(model, x):
-    """Distinct calls of dynamic_conv2d in one forward pass, as its arguments."""
+def layer_calls(model, x, distinct=True):
+    """Calls of dynamic_conv2d in one forward pass, as its arguments; those alike once."""
     calls = {}
 
     def record(layer, inputs):
         geometry = layer.stride, layer.padding, layer.dilation, layer.groups
         shapes = tuple(layer.weight.shape), tuple(inputs[0].shape), *geometry
-        if shapes not in calls:
+        key = shapes if distinct else layer
+        if key not in calls:
             attentions = layer.attention(inputs[0].mean((2, 3)), layer.temperature)
             leaves = {name: value.detach().requires_grad_() for name, value in attentions.items()}
-            calls[shapes] = (inputs[0].detach().requires_grad_(), layer.weight, *geometry), leaves
+            calls[key] = (inputs[0].detach().requires_grad_(), layer.weight, *geometry), leaves
 
     handles = [layer.register_forward_pre_hook(record) for layer in model.modules()
                if isinstance(layer, DynamicConv2d)]
@@ -60,7 +73,8 @@ def candidates(call, attentions):
     """Plans that can serve a call and may be chosen."""
     x, weight, *geometry = call
     is_shared = not {'kernel_attention', 'spatial_attention'} & set(attentions)
-    served = plan_costs(NOMINAL, 4, False, x.shape, weight.shape, *geometry, is_shared)
+    served = plan_costs(not x.is_cuda, NOMINAL, 4, False, x.shape, weight.shape, *geometry,
+                        is_shared)
     return [*served, *['fused'] * x.is_cuda]
 
 
@@ -70,6 +84,50 @@ def measure(mode, call, attentions, rounds):
         for plan in times:
             times[plan].append(seconds(plan, mode, call, attentions))
     return {plan: statistics.quantiles(values[1:], n=4)[0] * 1e3 for plan, values in times.items()}
+
+
+def estimate(machine, training, calls):
+    """Seconds that the roofline expects of a network's layers: static, and by each plan."""
+    passes, totals = 3 if training else 1, {}
+    for (x, weight, *geometry), attentions in calls:
+        height, width = output_size(x.shape, weight.shape, *geometry[:3])
+        flops = 2 * len(x) * height * width * math.prod(weight.shape[1:])
+        maps = FP16 * (x.numel() + len(x) * weight.shape[1] * height * width) / machine.bandwidth
+        static = passes * (max(flops / machine.convolution, maps) + machine.overhead)
+        beside = (FP16 * x.numel() / machine.bandwidth
+                  + ATTENTION_LAUNCHES * passes * machine.overhead)
+        costs = plan_costs(False, machine, FP16, training, x.shape, weight.shape, *geometry,
+                           not {'kernel_attention', 'spatial_attention'} & set(attentions))
+        seconds = {plan: static + beside + max(0, cost - passes * flops / machine.convolution)
+                   for plan, cost in costs.items()}
+        seconds.update(static=static, chosen=min(seconds.values()))
+        seconds['attention'] = beside
+        for name, value in seconds.items():
+            totals[name] = totals.get(name, 0) + value
+    return totals
+
+
+def print_estimates(args):
+    table = Table(title=f'{args.backbone}, fp16, {args.mode}: estimated ms of its dynamic layers')
+    names = ['static', 'folded', 'chosen', 'attention']
+    for column in ('machine', 'kernel_num', 'input', *names, 'chosen to static'):
+        table.add_column(column)
+    for kernel_num in args.kernel_num:
+        model = build(args, kernel_num).to('meta')
+        for batch in args.batch:
+            x = torch.empty(batch, 3, *args.size, device='meta')
+            calls = layer_calls(model, x, distinct=False)
+            for name, machine in read(args.estimate).items():
+                totals = estimate(machine, args.mode == 'training', calls)
+                table.add_row(name, str(kernel_num), 'x'.join(map(str, (batch, *args.size))),
+                              *(f'{totals[key] * 1e3:.2f}' for key in names),
+                              f"{totals['chosen'] / totals['static']:.2f}")
+    Console(width=150).print(table)
+
+
+def build(args, kernel_num):
+    depth = {'depth': args.depth} if 'ResN' in args.backbone else {}
+    return getattr(backbones, args.backbone)(kernel_num=kernel_num, **depth)
 
 
 def main():
@@ -84,7 +142,11 @@ def main():
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--rounds', type=int, default=8, help='at least 2')
     parser.add_argument('--threads', type=int, help='of the CPU')
+    parser.add_argument('--estimate', type=Path, metavar='JSON', help='machines, to time none')
     args = parser.parse_args()
+    if args.estimate:
+        print_estimates(args)
+        return
     if args.threads:
         torch.set_num_threads(args.threads)
     table = Table(title=f'{args.mode}, ms')
@@ -95,8 +157,7 @@ def main():
         table.add_column(column)
     losses, chosen_total, best_total = [], 0, 0
     for kernel_num in args.kernel_num:
-        depth = {'depth': args.depth} if 'ResN' in args.backbone else {}
-        model = getattr(backbones, args.backbone)(kernel_num=kernel_num, **depth).to(args.device)
+        model = build(args, kernel_num).to(args.device)
         for batch in args.batch:
             x = torch.randn(batch, 3, *args.size, device=args.device)
             for call, attentions in layer_calls(model, x):
