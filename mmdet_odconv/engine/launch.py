@@ -18,11 +18,11 @@ from mmengine.dist import is_main_process
 from mmengine.registry import MODELS
 
 from ..errors import DivergenceError, InputError
+from ..names import find_config
 from .data_check import check_annotations, unreadable
 from .distributed import prepare_cpu_processes
 from .resuming import interruption
 
-CONFIGS = Path(__file__).parents[1] / '.mim' / 'configs'
 # What reading another JSON, or none, as COCO raises.
 NOT_COCO = (AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
@@ -67,18 +67,6 @@ def _resolve_config(argv) -> None:
             if not os.path.exists(arg):
                 argv[i] = str(find_config(arg))
             return
-
-
-def find_config(name: str) -> Path:
-    """The plugin's config of that file name; InputError with the nearest names if none."""
-    configs = {path.name: path for path in CONFIGS.rglob('*.py') if path.parent.name != '_base_'}
-    basename = Path(name).name
-    if basename in configs:
-        return configs[basename].resolve()
-    near = difflib.get_close_matches(basename, configs, n=3, cutoff=0.5)
-    hint = f'did you mean {" or ".join(near)}?' if near else 'see the configs folder.'
-    raise InputError(f'Config {name} does not exist, neither as a path nor among the '
-                     f'{len(configs)} configs of mmdet_odconv: {hint}')
 
 
 def explain(error: BaseException) -> Optional[str]:
