@@ -32,15 +32,6 @@ $(VENV)/ready: setup.py pyproject.toml $(wildcard requirements/*.txt)
 	$(PIP) 'setuptools<81' wheel ninja
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { \
 	  echo 'Installing $(TORCH)'; $(PIP) '$(TORCH)' 'setuptools<81'; }  # torch alone would raise it
-# Of torch 2.N, the torchvision that fits is 0.(N+15), by that project's table; of its own version of
-# torch alone, since it is a dependency of pip's that would otherwise replace torch.
-	@$(BIN)/python -c 'import torchvision' 2>/dev/null || { \
-	  version=$$($(BIN)/python -c 'import torch; a, b, *_ = torch.__version__.split("."); \
-	  print(f"0.{int(b) + 15}.*")'); echo "Installing torchvision $$version"; \
-	  $(PIP) --no-deps "torchvision==$$version" pillow && $(BIN)/python -c 'import torchvision' || { \
-	  $(BIN)/python -m pip uninstall -qy torchvision 2>/dev/null; \
-	  echo "note: no torchvision was found that fits torch: torchvision:// addresses of weights"; \
-	  echo "will not load, and all else works."; }; }
 	@$(BIN)/python -c 'import mmcv.ops; from packaging.requirements import Requirement; \
 	  assert mmcv.__version__ in Requirement("$(MMCV)").specifier' 2>/dev/null || { \
 	  echo "Installing $(MMCV) with its ops. The first time on a machine this compiles them, about"; \
