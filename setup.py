@@ -44,11 +44,13 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     python_requires='>=3.9',
+    py_modules=['mmdet_odconv_command'],
+    entry_points=dict(console_scripts=['mmdet_odconv = mmdet_odconv_command:main']),
     packages=find_packages(include=['mmdet_odconv', 'mmdet_odconv.*']),
     include_package_data=True,
     install_requires=requirements('runtime'),
     extras_require={name: requirements(name)
-                    for name in ('quickstart', 'tests', 'imagenet', 'deploy')},
+                    for name in ('quickstart', 'tests', 'imagenet', 'deploy', 'docs')},
     cmdclass={'editable_wheel': EditableWheel},
     zip_safe=False,
 )

@@ -8,14 +8,16 @@ everything.
 """
 import contextlib
 import functools
+import json
 import os
 import pickle
 import re
 from pathlib import Path
 from typing import Callable
 
+import mmengine
 import torch
-from mmengine.runner.checkpoint import CheckpointLoader
+from mmengine.runner.checkpoint import CheckpointLoader, load_from_http
 from mmengine.utils import digit_version
 
 from ..errors import InputError
@@ -28,10 +30,34 @@ def allow_mmengine_checkpoints() -> None:
 
     Before torch 2.6, whose unpickler is not weights-only by default, loading is left as it is.
     """
+    for prefix in ('modelzoo://', 'torchvision://'):
+        load = CheckpointLoader._schemes[prefix]
+        CheckpointLoader.register_scheme(prefix, _without_torchvision(load), force=True)
     if digit_version(torch.__version__) < digit_version('2.6.0'):
         return
     for prefix, load in list(CheckpointLoader._schemes.items()):
         CheckpointLoader.register_scheme(prefix, _weights_only(load), force=True)
+
+
+def _without_torchvision(load: Callable[..., dict]) -> Callable[..., dict]:
+    """``load``, but for addresses that MMEngine's own table has, which need no torchvision."""
+
+    @functools.wraps(load)
+    def load_address(filename, map_location=None, **kwargs) -> dict:
+        table = Path(mmengine.__file__).parent / 'hub' / 'torchvision_0.12.json'
+        addresses = json.loads(table.read_text()) if table.is_file() else {}
+        address = addresses.get(filename.partition('://')[2])
+        if address is not None:
+            return load_from_http(address, map_location=map_location)
+        try:
+            return load(filename, map_location=map_location, **kwargs)
+        except ImportError as error:
+            raise InputError(
+                f'{filename} is an address that torchvision knows, which could not be imported '
+                f'({error}): install the torchvision of your torch, or give the file or its URL.'
+            ) from error
+
+    return load_address
 
 
 def _weights_only(load: Callable[..., dict]) -> Callable[..., dict]:

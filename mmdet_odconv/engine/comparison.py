@@ -1,83 +1,11 @@
 """Detectors set side by side: one data set and one budget for all, differences paired by seed."""
-import copy
-import json
 import math
 import statistics
-from pathlib import Path
-from typing import Dict, Mapping, Optional, Tuple
+from typing import Mapping, Optional, Tuple
 
 from mmengine.config import Config
 
 from ..errors import InputError
-
-# Where the annotations of a split are, and its images: the quickstart's, COCO's own, Roboflow's.
-LAYOUTS = (
-    ('annotations/{}.json', '{}/'),
-    ('annotations/instances_{}2017.json', '{}2017/'),
-    ('{}/_annotations.coco.json', '{}/'),
-)
-SPLITS = dict(train=('train',), val=('val', 'valid'), test=('test',))
-
-
-def find_splits(root: Path) -> Dict[str, Tuple[str, str]]:
-    """Annotation file and image folder of each split of a COCO-format directory, relative to it.
-
-    Raises:
-        InputError: if there is no train or no val split; test may be absent.
-    """
-    found = {}
-    for split, names in SPLITS.items():
-        for annotations, images in ((a.format(n), i.format(n)) for n in names for a, i in LAYOUTS):
-            if split not in found and (root / annotations).is_file():
-                found[split] = annotations, images
-    for split in ('train', 'val'):
-        if split not in found:
-            expected = ', '.join(annotations.format(split) for annotations, _ in LAYOUTS)
-            raise InputError(
-                f'{root} has none of {expected}: give a directory in COCO format, or write the '
-                f'digits there, python tools/dataset_converters/digits.py {root}')
-    return found
-
-
-def use_data(config: Config, root: Path) -> Dict[str, int]:
-    """Train and evaluate on a COCO-format directory, in place; number of images of each split.
-
-    The classes are those of the training annotations, and every head gets their number. A test
-    split becomes the config's test data; without one, val is.
-
-    Raises:
-        InputError: if the directory has no train or val split.
-    """
-    splits, images = find_splits(root), {}
-    for split, loader in (('train', 'train_dataloader'), ('val', 'val_dataloader'),
-                          ('test', 'test_dataloader')):
-        annotations, folder = splits.get(split, splits['val'])
-        content = json.loads((root / annotations).read_text())
-        if split in splits:
-            images[split] = len(content['images'])
-        if split == 'train':
-            classes = tuple(category['name'] for category in content['categories'])
-        config[loader] = copy.deepcopy(config[loader])  # val's may be the very same as test's
-        dataset = config[loader]['dataset']
-        while 'dataset' in dataset:
-            dataset = dataset['dataset']
-        dataset.update(data_root=f'{root}/', ann_file=annotations, data_prefix=dict(img=folder),
-                       metainfo=dict(classes=classes))
-        if split != 'train':
-            config[f'{split}_evaluator'] = dict(config[f'{split}_evaluator'],
-                                                ann_file=str(root / annotations))
-    _set_num_classes(config.model, len(classes))
-    return images
-
-
-def _set_num_classes(part, num_classes: int) -> None:
-    if isinstance(part, dict):
-        if 'num_classes' in part:
-            part['num_classes'] = num_classes
-        part = list(part.values())
-    if isinstance(part, (list, tuple)):
-        for child in part:
-            _set_num_classes(child, num_classes)
 
 
 def equal_budget(config: Config, iterations: int, seed: int, images: int,

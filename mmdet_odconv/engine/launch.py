@@ -2,6 +2,7 @@
 import contextlib
 import difflib
 import errno
+import inspect
 import os
 import re
 import runpy
@@ -15,14 +16,14 @@ import mmdet
 from mmcv.transforms import LoadImageFromFile
 from mmdet.datasets import CocoDataset
 from mmengine.dist import is_main_process
-from mmengine.registry import MODELS
+from mmengine.registry import HOOKS, MODELS
 
 from ..errors import DivergenceError, InputError
+from ..names import find_config, nearest
 from .data_check import check_annotations, unreadable
 from .distributed import prepare_cpu_processes
 from .resuming import interruption
 
-CONFIGS = Path(__file__).parents[1] / '.mim' / 'configs'
 # What reading another JSON, or none, as COCO raises.
 NOT_COCO = (AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
@@ -69,18 +70,6 @@ def _resolve_config(argv) -> None:
             return
 
 
-def find_config(name: str) -> Path:
-    """The plugin's config of that file name; InputError with the nearest names if none."""
-    configs = {path.name: path for path in CONFIGS.rglob('*.py') if path.parent.name != '_base_'}
-    basename = Path(name).name
-    if basename in configs:
-        return configs[basename].resolve()
-    near = difflib.get_close_matches(basename, configs, n=3, cutoff=0.5)
-    hint = f'did you mean {" or ".join(near)}?' if near else 'see the configs folder.'
-    raise InputError(f'Config {name} does not exist, neither as a path nor among the '
-                     f'{len(configs)} configs of mmdet_odconv: {hint}')
-
-
 def explain(error: BaseException) -> Optional[str]:
     """One sentence for a mistake that the user can mend; None for anything else."""
     if isinstance(error, (InputError, DivergenceError)):
@@ -95,6 +84,13 @@ def explain(error: BaseException) -> Optional[str]:
     if isinstance(error, ValueError) and 'SyncBatchNorm layers only work' in str(error):
         return ('The config synchronises BatchNorm (SyncBN), which torch does on GPUs alone: on '
                 'CPUs, run one process without --launcher, or choose another norm_cfg.')
+    sentence = _explain_argument(error)
+    if sentence is not None:
+        return sentence
+    directory = _locals_of(error, 'mkdir_or_exist').get('dir_name')
+    if directory is not None and isinstance(error, OSError):
+        return (f'Directory {directory} cannot be made ({error.strerror}): give another '
+                '--work-dir.')
     unknown = re.search(r'(\S+) is not in the \S+::(\S+) registry', str(error))
     layer = str(_locals_of(error, 'build_conv_layer').get('layer_type', ''))  # which mmcv omits
     known = _known_types()
@@ -138,6 +134,42 @@ def explain(error: BaseException) -> Optional[str]:
         return _unreadable_in_worker(str(error))
     if isinstance(error, FileNotFoundError) and error.filename:
         return f'{error.filename} does not exist: check the paths in the config.'
+    return None
+
+
+def _explain_argument(error: BaseException) -> Optional[str]:
+    """A sentence for an argument that a class of the config does not take, or not so."""
+    built = _locals_of(error, 'build_from_cfg').get('obj_cls')
+    message = str(error).rstrip('.')
+    if not isinstance(built, type):
+        return None
+    unknown = re.search(r"(?:(\w+)\.)?__init__\(\) got an unexpected keyword argument '(\w+)'$",
+                        message)
+    if isinstance(error, TypeError) and unknown:
+        owner, argument = unknown.groups()
+        if owner not in {None, *(base.__name__ for base in built.__mro__)}:
+            built = _registered(owner)  # what it built itself, such as a layer by conv_cfg
+        if built is None:
+            return None
+        known = {name for base in built.__mro__
+                 for name in inspect.signature(base.__init__).parameters}
+        hint = nearest(argument, sorted(known - {'self', 'args', 'kwargs'}),
+                       'take it out of the config')
+        return f'{built.__name__} takes no argument {argument}: {hint}'
+    package = Path(__file__).parents[1]
+    raised_in = [Path(frame.f_code.co_filename).parent
+                 for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    if isinstance(error, ValueError) and raised_in in (package / 'layers', package / 'backbones'):
+        end = '' if message.endswith('?') else '; correct it in the config.'
+        return f'{built.__name__}: {message}{end}'
+    return None
+
+
+def _registered(name: Optional[str]) -> Optional[type]:
+    for registry in (MODELS, *MODELS.children.values(), HOOKS, *HOOKS.children.values()):
+        cls = registry.module_dict.get(name)
+        if isinstance(cls, type):
+            return cls
     return None
 
 

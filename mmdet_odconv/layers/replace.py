@@ -7,6 +7,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import nn
 
+from ..names import nearest
 from .base import DynamicConv2d
 
 GEOMETRY = inspect.signature(nn.Conv2d).parameters.keys()
@@ -41,9 +42,11 @@ def replace_convs(model: nn.Module, chosen: Union[str, Callable[[str], bool]], c
     layer = kind if isinstance(kind, type) else MODELS.get(str(kind))
     if layer is None or not issubclass(layer, DynamicConv2d):
         raise ValueError(f'conv_cfg must name a dynamic convolution such as ODConv2d, got {kind!r}')
-    unknown = sorted(conv_cfg.keys() - inspect.signature(layer).parameters.keys())
+    known = inspect.signature(layer).parameters.keys()
+    unknown = sorted(conv_cfg.keys() - known)
     if unknown:
-        raise ValueError(f'{layer.__name__} has no argument {", ".join(unknown)}: leave it out.')
+        raise ValueError(f'{layer.__name__} has no argument {", ".join(unknown)}: '
+                         f'{nearest(unknown[0], sorted(known - GEOMETRY), "leave it out")}')
     geometry = sorted(conv_cfg.keys() & GEOMETRY)
     if geometry:
         raise ValueError(f'conv_cfg has {", ".join(geometry)}, in which a dynamic convolution '

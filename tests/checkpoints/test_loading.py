@@ -3,6 +3,8 @@ import functools
 import http.server
 import os
 import pathlib
+import re
+import sys
 import threading
 
 import pytest
@@ -12,6 +14,7 @@ from mmengine.runner import checkpoint as mmengine_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from mmdet_odconv import InputError
+from mmdet_odconv.checkpoints import loading
 
 
 class Malicious:
@@ -106,3 +109,16 @@ def test_schedules_that_checkpoints_hold(tmp_path, make):
     read = CheckpointLoader.load_checkpoint(str(tmp_path / 'checkpoint.pth'))
     make(optimizer()).load_state_dict(read['param_schedulers'][0])
     assert str(read['param_schedulers'][0]) == str(before)
+
+
+def test_addresses_of_torchvision_need_no_torchvision(monkeypatch):
+    asked = []
+    monkeypatch.setitem(sys.modules, 'torchvision', None)
+    monkeypatch.setattr(loading, 'load_from_http', lambda address, map_location=None:
+                        asked.append(address) or {'conv1.weight': torch.ones(1)})
+    state = CheckpointLoader.load_checkpoint('torchvision://resnet50')
+    assert 'conv1.weight' in state
+    address, = asked
+    assert re.fullmatch(r'https://\S+/resnet50-[0-9a-f]{8}\.pth', address)
+    with pytest.raises(InputError, match='could not be imported .* install the torchvision of'):
+        CheckpointLoader.load_checkpoint('torchvision://nosuchnet')

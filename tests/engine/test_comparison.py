@@ -5,7 +5,8 @@ import math
 import pytest
 
 from mmdet_odconv import InputError
-from mmdet_odconv.engine.comparison import find_splits, paired_difference
+from mmdet_odconv.engine.comparison import paired_difference
+from mmdet_odconv.engine.data_sets import find_splits
 
 
 def test_differences_are_paired_and_have_students_interval():

@@ -6,6 +6,7 @@ from mmcv.cnn import build_conv_layer
 from mmdet.datasets import CocoDataset, VOCDataset
 from mmengine.dataset import BaseDataset
 from mmengine.registry import MODELS
+from mmengine.utils import mkdir_or_exist
 from torch import nn
 
 from mmdet_odconv.engine.launch import explain
@@ -32,6 +33,39 @@ def test_a_layer_that_fails_is_not_called_unknown(monkeypatch):
     assert explained(KeyError, build_conv_layer, dict(type='Broken'), 3, 4, 1) is None
     sentence = explained(KeyError, build_conv_layer, dict(type='ODConv'), 3, 4, 1)
     assert sentence.startswith('No layer is registered as ODConv: did you mean ODConv2d')
+
+
+@pytest.mark.parametrize(('options', 'sentence'), [
+    (dict(kernel_num=0), 'ODResNet: kernel_num must be at least 1, got 0; correct it in the'),
+    (dict(kernal_num=4), 'ODResNet takes no argument kernal_num: did you mean kernel_num?'),
+    (dict(frozen_stage=1), 'ODResNet takes no argument frozen_stage: did you mean frozen_stages'),
+    (dict(qqqq=1), 'ODResNet takes no argument qqqq: take it out of the config.'),
+    (dict(conv_cfg=dict(type='DyConv2d', kernal_num=4)),
+     'ODResNet: DyConv2d has no argument kernal_num: did you mean kernel_num?'),
+    (dict(conv_cfg=dict(type='ODConv2d', reduction=0)), 'ODResNet: reduction must be'),
+])
+def test_an_argument_of_the_config_that_is_wrong(options, sentence):
+    config = dict(type='ODResNet', depth=18, **options)
+    assert explained((TypeError, ValueError), MODELS.build, config).startswith(sentence)
+
+
+def test_what_is_not_the_users_argument_is_not_explained():
+    class Broken(nn.Module):
+        def __init__(self):
+            dict(3)
+
+    MODELS.register_module('Broken2', module=Broken)
+    try:
+        assert explained(TypeError, MODELS.build, dict(type='Broken2')) is None
+    finally:
+        MODELS.module_dict.pop('Broken2')
+
+
+def test_a_work_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / 'file').touch()
+    sentence = explained(OSError, mkdir_or_exist, str(tmp_path / 'file/run'))
+    assert sentence.startswith(f'Directory {tmp_path}/file/run cannot be made (')
+    assert sentence.endswith('): give another --work-dir.')
 
 
 class Failing(CocoDataset):

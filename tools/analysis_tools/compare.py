@@ -49,11 +49,8 @@ matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
 
 from mmdet_odconv import InputError  # noqa: E402
-from mmdet_odconv.engine.comparison import (  # noqa: E402
-    equal_budget,
-    paired_difference,
-    use_data,
-)
+from mmdet_odconv.engine.comparison import equal_budget, paired_difference  # noqa: E402
+from mmdet_odconv.engine.data_sets import use_data  # noqa: E402
 from mmdet_odconv.engine.launch import errors_explained, find_config  # noqa: E402
 
 TOOLS = Path(__file__).parents[1]

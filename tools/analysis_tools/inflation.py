@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from mmdet_odconv import InputError
-from mmdet_odconv.engine.comparison import equal_budget, use_data
+from mmdet_odconv.engine.comparison import equal_budget
+from mmdet_odconv.engine.data_sets import use_data
 from mmdet_odconv.engine.launch import errors_explained, find_config
 
 TOOLS = Path(__file__).parents[1]

@@ -1,0 +1,39 @@
+"""MkDocs hook: what pages name outside docs/ becomes a name, or is brought along."""
+import re
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+
+
+def on_files(files, config):
+    """Pictures of resources/ are part of the site."""
+    for path in sorted((ROOT / 'resources').iterdir()):
+        files.append(File.generated(config, f'resources/{path.name}', abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown, page, **_):
+    """The changelog is the repository's; links out of docs/ are for readers of the repository."""
+    folder = (DOCS / page.file.src_uri).parent
+    if page.file.src_uri == 'changelog.md':
+        markdown, folder = (ROOT / 'CHANGELOG.md').read_text(), ROOT
+
+    def rewrite(found):
+        text, link = found.groups()
+        path, _, anchor = link.partition('#')
+        target = (folder / path).resolve()
+        if not path or '://' in link or target.is_relative_to(DOCS) and folder != ROOT:
+            return found.group(0)
+        inside = target.relative_to(ROOT)
+        if inside.parts[0] == 'docs':
+            return f'[{text}]({inside.relative_to("docs").as_posix()})'
+        if inside.parts[0] == 'resources':
+            up = '../' * (len(Path(page.file.src_uri).parts) - 1)
+            return f'[{text}]({up}{inside.as_posix()})'
+        name = f'`{inside.as_posix()}`'
+        return name if text.strip('`') in (inside.as_posix(), inside.name) else f'{text} ({name})'
+
+    return re.sub(r'\[([^\]]*)\]\(([^)\s]+)\)', rewrite, markdown)

@@ -1,0 +1,214 @@
+"""Data sets of one's own: where their splits are, what is in them, and detectors that fit them."""
+import collections
+import copy
+import json
+import statistics
+from pathlib import Path
+from typing import Dict, Iterable, List, NamedTuple, Tuple
+from xml.etree import ElementTree
+
+from mmengine.config import Config
+
+from ..checkpoints.files import writing
+from ..errors import InputError
+
+# Where the annotations of a split are, and its images: the quickstart's, COCO's own, Roboflow's,
+# and what convert_voc writes.
+LAYOUTS = (
+    ('annotations/{}.json', '{}/'),
+    ('annotations/instances_{}2017.json', '{}2017/'),
+    ('{}/_annotations.coco.json', '{}/'),
+    ('annotations/voc_{}.json', 'JPEGImages/'),
+)
+SPLITS = dict(train=('train',), val=('val', 'valid'), test=('test',))
+
+
+def find_splits(root: Path) -> Dict[str, Tuple[str, str]]:
+    """Annotation file and image folder of each split of a COCO-format directory, relative to it.
+
+    Raises:
+        InputError: if there is no train or no val split; test may be absent.
+    """
+    found = {}
+    for split, names in SPLITS.items():
+        for annotations, images in ((a.format(n), i.format(n)) for n in names for a, i in LAYOUTS):
+            if split not in found and (root / annotations).is_file():
+                found[split] = annotations, images
+    for split in ('train', 'val'):
+        if split not in found:
+            expected = ', '.join(annotations.format(split) for annotations, _ in LAYOUTS)
+            raise InputError(
+                f'{root} has none of {expected}: give a directory in COCO format, or write the '
+                f'digits there, python tools/dataset_converters/digits.py {root}')
+    return found
+
+
+class Split(NamedTuple):
+    """What one annotation file holds, crowds left out."""
+    images: int
+    empty: int
+    boxes: Dict[str, int]
+    masks: int
+    image_sizes: List[Tuple[float, float]]
+    box_sizes: List[float]
+
+    @property
+    def kinds(self) -> str:
+        """Share of boxes that COCO calls small, medium and large: below 32, 96 pixels, above."""
+        n = max(1, len(self.box_sizes))
+        small = sum(size < 32 for size in self.box_sizes) / n
+        large = sum(size >= 96 for size in self.box_sizes) / n
+        return f'{small:.0%} small, {1 - small - large:.0%} medium, {large:.0%} large'
+
+    def __str__(self) -> str:
+        widths, heights = zip(*self.image_sizes) if self.image_sizes else ((0,), (0,))
+        return (f'{self.images} images ({self.empty} empty) of {statistics.median(widths):.0f} x '
+                f'{statistics.median(heights):.0f} pixels (the median), '
+                f'{sum(self.boxes.values())} boxes: {self.kinds}')
+
+
+def read_split(path: Path) -> Split:
+    """Count what a COCO-format file holds.
+
+    Raises:
+        InputError: if it is no such file.
+    """
+    try:
+        content = json.loads(path.read_text())
+        names = {category['id']: category['name'] for category in content['categories']}
+        boxes = dict.fromkeys(names.values(), 0)
+        if len(boxes) < len(names):
+            twice = next(n for n, c in collections.Counter(names.values()).items() if c > 1)
+            raise InputError(f'{path} has two categories named {twice}: give each its own name.')
+        annotated, sizes, masks = set(), [], 0
+        for annotation in content['annotations']:
+            name = names.get(annotation['category_id'])
+            if name is None or annotation.get('iscrowd') or annotation.get('ignore'):
+                continue
+            boxes[name] += 1
+            masks += bool(annotation.get('segmentation'))
+            annotated.add(annotation['image_id'])
+            width, height = annotation['bbox'][2:]
+            sizes.append(max(0, width * height)**0.5)
+        images = content['images']
+        return Split(len(images), len(images) - len(annotated), boxes, masks,
+                     [(image['width'], image['height']) for image in images], sizes)
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f'{path} could not be read as COCO ({type(error).__name__}: {error}): '
+                         'expected a JSON object with images, annotations and categories.'
+                         ) from error
+
+
+def use_data(config: Config, root: Path) -> Dict[str, int]:
+    """Train and evaluate on a COCO-format directory, in place; number of images of each split.
+
+    The classes are those of the training annotations, and every head gets their number. A test
+    split becomes the config's test data; without one, val is.
+
+    Raises:
+        InputError: if the directory has no train or val split.
+    """
+    splits, images = find_splits(root), {}
+    for split, loader in (('train', 'train_dataloader'), ('val', 'val_dataloader'),
+                          ('test', 'test_dataloader')):
+        annotations, folder = splits.get(split, splits['val'])
+        content = json.loads((root / annotations).read_text())
+        if split in splits:
+            images[split] = len(content['images'])
+        if split == 'train':
+            classes = tuple(category['name'] for category in content['categories'])
+        config[loader] = copy.deepcopy(config[loader])  # val's may be the very same as test's
+        dataset = config[loader]['dataset']
+        while 'dataset' in dataset:
+            dataset = dataset['dataset']
+        dataset.update(data_root=f'{root}/', ann_file=annotations, data_prefix=dict(img=folder),
+                       metainfo=dict(classes=classes))
+        if split != 'train':
+            config[f'{split}_evaluator'] = dict(config[f'{split}_evaluator'],
+                                                ann_file=str(root / annotations))
+    set_num_classes(config.model, len(classes))
+    return images
+
+
+def set_num_classes(part, num_classes: int) -> int:
+    """Set it in every head of a model's config, in place; how many there were.
+
+    A proposal head knows objects alone, and keeps its own.
+    """
+    found = 0
+    if isinstance(part, dict):
+        if 'num_classes' in part:
+            part['num_classes'] = num_classes
+            found = 1
+        part = [child for name, child in part.items() if name != 'rpn_head']
+    if isinstance(part, (list, tuple)):
+        found += sum(set_num_classes(child, num_classes) for child in part)
+    return found
+
+
+def convert_voc(root: Path) -> List[Path]:
+    """Write COCO annotations of a Pascal VOC folder to ``root``/annotations/voc_SPLIT.json.
+
+    Its splits are ImageSets/Main/{train,val,test}.txt. What VOC calls difficult becomes COCO's
+    crowd: neither trained on nor counted as missed. Corners, which VOC counts from 1, include
+    their pixels. Segmentations are left behind.
+
+    Returns:
+        The files written; none if ``root`` is no VOC folder, or is converted already.
+
+    Raises:
+        InputError: that names an annotation that cannot be read.
+    """
+    lists = [root / f'ImageSets/Main/{split}.txt' for split in SPLITS]
+    lists = [path for path in lists if path.is_file()]
+    outs = [root / f'annotations/voc_{path.stem}.json' for path in lists]
+    if all(out.is_file() for out in outs):
+        return []
+    parsed = [_read_voc(root, [line.split()[0] for line in path.read_text().splitlines() if line])
+              for path in lists]
+    # One numbering of classes for all splits.
+    names = sorted({name for images in parsed for *_, objects in images for name, *_ in objects})
+    for out, images in zip(outs, parsed):
+        out.parent.mkdir(exist_ok=True)
+        with writing(out, True) as temporary:
+            temporary.write_text(json.dumps(_as_coco(images, names)))
+    return outs
+
+
+def _read_voc(root: Path, ids: Iterable[str]) -> list:
+    """(file name, width, height, objects) of each image; an object is (name, box, difficult)."""
+    images = []
+    for identity in ids:
+        path = root / f'Annotations/{identity}.xml'
+        try:
+            tree = ElementTree.parse(path).getroot()
+            objects = []
+            for found in tree.iter('object'):
+                left, top, right, bottom = (float(found.findtext(f'bndbox/{corner}'))
+                                            for corner in ('xmin', 'ymin', 'xmax', 'ymax'))
+                left, top = max(left - 1, 0), max(top - 1, 0)
+                objects.append((found.findtext('name'), [left, top, right - left, bottom - top],
+                                int(found.findtext('difficult') or 0)))
+            name = Path(tree.findtext('filename') or '').name
+            if not name or not (root / 'JPEGImages' / name).is_file():
+                name = f'{identity}.jpg'  # copies of a data set often keep another's names
+            width, height = (int(tree.findtext(f'size/{side}')) for side in ('width', 'height'))
+        except (OSError, ElementTree.ParseError, TypeError, ValueError) as error:
+            raise InputError(f'{path} could not be read as a Pascal VOC annotation ({error}): mend '
+                             'it, or take it out of ImageSets/Main.') from error
+        images.append((name, width, height, objects))
+    return images
+
+
+def _as_coco(images: list, names: List[str]) -> dict:
+    annotations = [
+        dict(image_id=i, category_id=names.index(name), bbox=box, area=box[2] * box[3],
+             iscrowd=int(difficult))
+        for i, (*_, objects) in enumerate(images) for name, box, difficult in objects]
+    return dict(
+        images=[dict(id=i, file_name=name, width=width, height=height)
+                for i, (name, width, height, _) in enumerate(images)],
+        annotations=[dict(annotation, id=i) for i, annotation in enumerate(annotations)],
+        categories=[dict(id=i, name=name) for i, name in enumerate(names)])

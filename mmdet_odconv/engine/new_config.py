@@ -1,0 +1,259 @@
+"""A short config that trains a supplied detector on a data set of one's own."""
+import contextlib
+import copy
+import io
+import os
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+from mmengine.config import Config
+from mmengine.registry import DATASETS, init_default_scope
+
+from ..checkpoints import read_weights
+from ..checkpoints.files import refuse_existing, writing
+from ..checkpoints.swapping import SWAPS, locate_config
+from ..errors import InputError
+from ..names import CONFIGS, find_config
+from .data_check import check_images, find_faults, reads_coco, unwrapped
+from .data_sets import Split, convert_voc, find_splits, read_split, set_num_classes
+
+FEW = 10  # boxes of a class, fewer than which hardly teach it
+LOADERS = dict(train='train_dataloader', val='val_dataloader', test='test_dataloader')
+
+
+class NewConfig(NamedTuple):
+    """What was found in a data set, and what looks wrong."""
+    splits: Dict[str, Split]
+    classes: Tuple[str, ...]
+    written: List[Path]
+    warnings: List[str]
+
+
+def new_config(data: Path, base: str, out: Path, weights: Optional[str] = None,
+               force: bool = False) -> NewConfig:
+    """Write a config that trains ``base`` on ``data``, and say what looks wrong.
+
+    The file is known to load, and its data sets to be read, before it is there.
+
+    Args:
+        data: a folder in COCO format (:data:`~.data_sets.LAYOUTS`) or in Pascal VOC's, to which
+            COCO annotations are added.
+        base: a file, the name of one of the plugin's configs, or ``mmdet::NAME``.
+        out: the config to write.
+        weights: what training starts from. A checkpoint's file or URL; an address such as
+            ``torchvision://resnet50``, for the backbone; 'none', to train it from scratch;
+            ``None``, what the base says.
+        force: replace ``out`` if it exists.
+
+    Raises:
+        InputError: for data that cannot be trained on, a base that this is not possible with, or
+            weights that cannot be read.
+    """
+    refuse_existing(out, force)
+    if not data.is_dir():
+        raise InputError(f'{data} is no directory: give the folder of a data set in COCO or '
+                         "Pascal VOC format, with its images and their annotations.")
+    path, name = _locate(base, out)
+    config = Config.fromfile(path)
+    written = convert_voc(data)
+    folders = find_splits(data)
+    splits = {split: read_split(data / annotations)
+              for split, (annotations, _) in folders.items()}
+    classes, warnings = _classes(splits)
+    start, said = _start(config, weights)
+    text = _text(config, name, data, folders, classes, start)
+    with writing(out, force) as temporary:
+        temporary.write_text(text)
+        made = Config.fromfile(temporary)
+        warnings += _faults_of(made, folders, splits)
+    return NewConfig(splits, classes, written, [
+        *warnings, *_shared(data, folders), *said, *_length(made, splits['train'])])
+
+
+def _locate(base: str, out: Path) -> Tuple[Path, str]:
+    """Path of the base, and what the new config's ``_base_`` calls it."""
+    if '::' not in base and not Path(base).is_file():
+        path = find_config(base if base.endswith('.py') else f'{base}.py')
+        return path, f'mmdet_odconv::{path.relative_to(CONFIGS.resolve()).as_posix()}'
+    path, name = locate_config(base)
+    return path, name if '::' in name else os.path.relpath(name, out.resolve().parent)
+
+
+def _classes(splits: Dict[str, Split]) -> Tuple[Tuple[str, ...], List[str]]:
+    """Classes to learn, and what is to be said of them."""
+    train = splits['train'].boxes
+    for split, found in splits.items():
+        if set(found.boxes) != set(train):
+            raise InputError(
+                f'The categories of {split} ({", ".join(found.boxes)}) are not those of train '
+                f'({", ".join(train)}): give all splits the same.')
+    classes = tuple(name for name in train if any(s.boxes[name] for s in splits.values()))
+    warnings = []
+
+    def say(names: List[str], what: str) -> None:
+        if names:
+            warnings.append(f'{", ".join(names)} {what}')
+
+    say([name for name in train if name not in classes], 'without a box in any split: left out')
+    for split, found in splits.items():
+        say([name for name in classes if not found.boxes[name]], f'without a box in {split}')
+    say([f'{name} ({train[name]})' for name in classes if 0 < train[name] < FEW],
+        f'with fewer than {FEW} boxes to learn from')
+    return classes, warnings
+
+
+def _start(config: Config, weights: Optional[str]) -> Tuple[Dict[str, Any], List[str]]:
+    """What the new config says of where training starts, and warnings."""
+    backbone = config.model.get('backbone', {})
+    if weights is None:
+        given = backbone.get('init_cfg') or {}
+        file = given.get('checkpoint', '') if isinstance(given, dict) else ''
+        missing = file and '://' not in file and not Path(file).is_file()
+        return {}, [f'the base starts from {file}, which is not here: put it there, or choose '
+                    'another start with --weights'] if missing else []
+    if weights == 'none':
+        frozen = {key: value for key, value in (('frozen_stages', -1), ('norm_eval', False))
+                  if key in backbone}
+        return dict(backbone=dict(init_cfg=None, **frozen)), []
+    if '://' in weights and not weights.startswith(('http://', 'https://')):
+        kind = 'Pretrained' if backbone.get('type') in SWAPS else 'StaticPretrained'
+        return dict(backbone=dict(init_cfg=dict(
+            _delete_=True, type=kind, checkpoint=weights))), []
+    if '://' in weights or any(key.startswith('backbone.') for key in read_weights(weights)[0]):
+        return dict(backbone=dict(init_cfg=None), load_from=weights), []
+    return dict(backbone=dict(init_cfg=dict(
+        _delete_=True, type='Pretrained', checkpoint=weights))), []
+
+
+def _text(config: Config, base: str, data: Path, folders: Dict[str, Tuple[str, str]],
+          classes: Tuple[str, ...], start: Dict[str, Any]) -> str:
+    """The new config: how it differs from its base, and nothing else."""
+    changed = copy.deepcopy(config.model.to_dict())
+    if any('num_things_classes' in head for head in changed.values() if isinstance(head, dict)):
+        raise InputError(f'{base} tells things from stuff (num_things_classes), which a data set '
+                         'of boxes does not: give a detector with num_classes.')
+    if not set_num_classes(changed, len(classes)):
+        raise InputError(f'{base} has no head with num_classes: give the config of a detector.')
+    heads = _heads(config.model.to_dict(), changed, 'model') or 'dict()'
+    lines = [f'_base_ = {base!r}', '', f'data_root = {data.as_posix() + "/"!r}',
+             f'metainfo = dict(classes={classes!r})', '',
+             f'model = {heads}']
+    backbone = start.pop('backbone', None)
+    if backbone:
+        lines.append(f"model['backbone'] = {_source(backbone)}")
+    for split, loader in LOADERS.items():
+        annotations, images = folders.get(split, folders['val'])
+        if split not in folders and config[loader] == config[LOADERS['val']]:
+            lines.append(f'{loader} = {LOADERS["val"]}')
+            continue
+        dataset = ('\n    data_root=data_root, metainfo=metainfo,\n'
+                   f'    ann_file={annotations!r}, data_prefix=dict(_delete_=True, img={images!r})')
+        inner, wrappers = config[loader]['dataset'], 0
+        while 'dataset' in inner:
+            inner, wrappers = inner['dataset'], wrappers + 1
+        if 'datasets' in inner:
+            raise InputError(f'{base} trains on several data sets in one ({inner["type"]}): give '
+                             'one with a single data set.')
+        if inner['type'] not in ('CocoDataset', 'mmdet.CocoDataset'):
+            dataset = f"\n    type='CocoDataset',{dataset}"
+        for _ in range(wrappers + 1):
+            dataset = f'dataset=dict({dataset})'
+        lines.append(f'{loader} = dict({dataset})')
+    for split in ('val', 'test'):
+        kind = config[f'{split}_evaluator'].get('type')
+        annotations, _ = folders.get(split, folders['val'])
+        metric = '' if kind in ('CocoMetric', 'mmdet.CocoMetric') else (
+            "_delete_=True, type='CocoMetric', metric='bbox', ")
+        lines.append(f'{split}_evaluator = dict({metric}ann_file=data_root + {annotations!r})')
+    if 'base_batch_size' in (config.get('auto_scale_lr') or {}):
+        lines += ['', '# The base\'s learning rate is for '
+                  f'{config.auto_scale_lr.base_batch_size} images at a time, all GPUs together.',
+                  'auto_scale_lr = dict(enable=True)']
+    lines += [f'{key} = {value!r}' for key, value in start.items()]
+    hooks = config.get('custom_hooks') or []
+    if not any(hook['type'] == 'InputCheckHook' for hook in hooks):
+        imports = config.get('custom_imports') or dict(imports=[], allow_failed_imports=False)
+        imports = dict(imports, imports=[*imports['imports'], 'mmdet_odconv'])
+        before = '*_base_.custom_hooks, ' if hooks else ''
+        lines += ['', f'custom_imports = {_source(imports)}',
+                  f"custom_hooks = [{before}dict(type='InputCheckHook')]"]
+    return '\n'.join(lines) + '\n'
+
+
+def _heads(before, after, path: str) -> str:
+    """Source of what differs between two configs of a model; empty if nothing does."""
+    if isinstance(before, dict):
+        changes = {key: _heads(before[key], after[key], f'{path}.{key}') for key in before}
+        changes = [f'{key}={source}' for key, source in changes.items() if source]
+        return f'dict({", ".join(changes)})' if changes else ''
+    if isinstance(before, (list, tuple)) and before != after:
+        # What MMEngine inherits it merges by key, and a list has none.
+        n = next((part['num_classes'] for part in after if 'num_classes' in part), None)
+        if n is not None and after == [dict(part, num_classes=n) for part in before]:
+            return f'[dict(head, num_classes={n}) for head in _base_.{path}]'
+        return _source(after)
+    return _source(after) if before != after else ''
+
+
+def _source(value) -> str:
+    """Python source of a config's value, dicts as configs write them."""
+    if isinstance(value, dict):
+        return f'dict({", ".join(f"{key}={_source(child)}" for key, child in value.items())})'
+    if isinstance(value, list):
+        return f'[{", ".join(map(_source, value))}]'
+    return repr(value)
+
+
+def _faults_of(config: Config, folders, splits: Dict[str, Split]) -> List[str]:
+    """What training leaves out of each split; InputError for what it cannot be done with."""
+    init_default_scope(config.get('default_scope', 'mmdet'))
+    warnings = []
+    for split in folders:
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells how it is doing
+            dataset, = unwrapped(DATASETS.build(config[LOADERS[split]]['dataset']))
+        if not reads_coco(dataset):
+            continue
+        faults, left_out = find_faults(dataset)
+        if faults:
+            raise InputError(f'{dataset.ann_file} cannot be used: {"; ".join(faults)}. Mend the '
+                             'file, or take these out of it.')
+        check_images(dataset)
+        warnings += [f'{dataset.ann_file}: {what}' for what in left_out]
+        masks = any(getattr(step, 'with_mask', False) for step in dataset.pipeline.transforms)
+        if masks and not splits[split].masks:
+            raise InputError(f'{dataset.ann_file} has no segmentations, which the base learns '
+                             'from: give a base without masks, such as a Faster R-CNN.')
+    return warnings
+
+
+def _shared(data: Path, folders: Dict[str, Tuple[str, str]]) -> List[str]:
+    """Images that are trained on and evaluated on: of one name, size and content."""
+    files = {split: {p.name: p for p in (data / images).rglob('*') if p.is_file()}
+             for split, (_, images) in folders.items() if (data / images).is_dir()}
+    warnings = []
+    for split in ('val', 'test'):
+        if split not in files or folders[split][1] == folders['train'][1]:
+            continue
+        both = [name for name, path in files[split].items() if name in files['train']
+                and path.stat().st_size == files['train'][name].stat().st_size
+                and path.read_bytes() == files['train'][name].read_bytes()]
+        if both:
+            warnings.append(f'{len(both)} images are in both train and {split} (the first: '
+                            f'{both[0]}): figures on {split} will flatter')
+    return warnings
+
+
+def _length(config: Config, train: Split) -> List[str]:
+    """A warning where the schedule, made for a larger data set, is over before it began."""
+    epochs, batch = config.train_cfg.get('max_epochs'), config.train_dataloader.get('batch_size')
+    if not epochs or not batch:
+        return []
+    iterations = epochs * -(-(train.images - train.empty) // batch)
+    warm_up = max((step.get('end', 0) for step in config.get('param_scheduler') or []
+                   if step.get('type') == 'LinearLR' and not step.get('by_epoch', True)),
+                  default=0)
+    if iterations >= 4 * warm_up:
+        return []
+    return [f'{epochs} epochs are {iterations} iterations of {batch} images, of which the '
+            f'learning rate rises for {warm_up}: repeat the data, or shorten the rise, as in '
+            f'--cfg-options param_scheduler.0.end={max(1, iterations // 10)}']

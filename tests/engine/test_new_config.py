@@ -1,0 +1,159 @@
+"""A config for one's own data: renamed digits, in COCO's format and Pascal VOC's."""
+import json
+import shutil
+
+import digits
+import pytest
+import torch
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from mmdet_odconv import InputError
+from mmdet_odconv.engine.new_config import new_config
+
+NAMES = [f'kind-{i}' for i in range(10)]
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """Digits under other names, and a class that nothing is of."""
+    root = tmp_path_factory.mktemp('own')
+    digits.make(root)
+    folder = root / 'data/digits'
+    for path in (folder / 'annotations').glob('*.json'):
+        content = json.loads(path.read_text())
+        for category in content['categories']:
+            category['name'] = f'kind-{category["name"]}'
+        content['categories'].append(dict(id=99, name='nothing'))
+        path.write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def mend(data, tmp_path):
+    """A copy of the data whose annotations a test may change."""
+    folder = shutil.copytree(data, tmp_path / 'data')
+
+    def change(split, function):
+        path = folder / f'annotations/{split}.json'
+        content = json.loads(path.read_text())
+        function(content)
+        path.write_text(json.dumps(content))
+        return folder
+
+    return change
+
+
+def test_the_config_trains_an_iteration_and_evaluates(data, tmp_path):
+    out = tmp_path / 'my.py'
+    made = new_config(data, digits.CONFIG, out, weights='none')
+    assert made.splits['train'].images == 4 and set(made.classes) <= set(NAMES)
+    assert sum(made.splits['train'].boxes.values()) > 0
+    text = '; '.join(made.warnings)
+    assert 'nothing without a box in any split: left out' in text
+    assert 'with fewer than 10 boxes' in text
+    assert len(out.read_text().splitlines()) < 25 and len(max(
+        (line for line in out.read_text().splitlines() if 'classes' not in line), key=len)) < 100
+    config = Config.fromfile(out)
+    assert any(hook['type'] == 'InputCheckHook' for hook in config.custom_hooks)
+    config.merge_from_dict({'model.backbone.base_channels': 8, 'model.backbone.stem_channels': 8,
+                            'model.neck.in_channels': [8, 16, 32, 64],
+                            'train_cfg.max_epochs': 1, 'work_dir': str(tmp_path / 'run')})
+    runner = Runner.from_cfg(config)
+    runner.train()
+    assert runner.iter == 1
+    head = runner.model.roi_head.bbox_head
+    assert head.num_classes == len(made.classes)
+    assert all(torch.isfinite(p).all() for p in runner.model.parameters())
+    assert runner.val_dataloader.dataset.metainfo['classes'] == made.classes
+
+
+@pytest.mark.parametrize(('base', 'heads'), [
+    ('mask-rcnn_od-r18-k4_fpn_digits.py', ('bbox_head', 'mask_head')),
+    ('mmdet::cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco', ('bbox_head',)),
+    ('yolox_tiny-odconv-k1_8xb8-300e_coco', ()),  # whose training data are wrapped
+])
+def test_every_head_gets_the_classes(data, tmp_path, base, heads):
+    register_all_modules()
+    made = new_config(data, base, tmp_path / 'my.py', 'torchvision://resnet50')
+    config = Config.fromfile(tmp_path / 'my.py')
+    n, part = len(made.classes), config.model
+    part = [part.roi_head[name] for name in heads] or [part.bbox_head]
+    for head in part:
+        for one in head if isinstance(head, list) else [head]:
+            assert one.num_classes == n
+    init_cfg = config.model.backbone.init_cfg
+    assert init_cfg.checkpoint == 'torchvision://resnet50'
+    assert init_cfg.type == ('Pretrained' if 'cascade' in base else 'StaticPretrained')
+    assert any(hook['type'] == 'InputCheckHook' for hook in config.custom_hooks)
+
+
+def test_a_pascal_voc_folder(data, tmp_path):
+    from PIL import Image
+    root = tmp_path / 'voc'
+    for folder in ('JPEGImages', 'Annotations', 'ImageSets/Main'):
+        (root / folder).mkdir(parents=True)
+    for name in 'ab':
+        Image.new('RGB', (64, 48)).save(root / f'JPEGImages/{name}.jpg')
+        (root / f'Annotations/{name}.xml').write_text(
+            '<annotation><filename>x.png</filename><size><width>64</width><height>48</height>'
+            '<depth>3</depth></size><object><name>cat</name><difficult>0</difficult><bndbox>'
+            '<xmin>1</xmin><ymin>11</ymin><xmax>20</xmax><ymax>40</ymax></bndbox></object>'
+            '<object><name>dog</name><difficult>1</difficult><bndbox><xmin>2</xmin><ymin>2</ymin>'
+            '<xmax>9</xmax><ymax>9</ymax></bndbox></object></annotation>')
+    (root / 'ImageSets/Main/train.txt').write_text('a\n')
+    (root / 'ImageSets/Main/val.txt').write_text('b  1\n')
+    made = new_config(root, digits.CONFIG, tmp_path / 'my.py')
+    assert [path.name for path in made.written] == ['voc_train.json', 'voc_val.json']
+    assert made.splits['train'].boxes == {'cat': 1, 'dog': 0}  # one that is difficult
+    annotation = json.loads(made.written[0].read_text())['annotations'][0]
+    assert annotation['bbox'] == [0, 10, 20, 30] and annotation['area'] == 600
+    again = new_config(root, str(tmp_path / 'my.py'), tmp_path / 'again.py', 'none')
+    assert not again.written
+    text = (tmp_path / 'again.py').read_text()  # the base has as many classes already
+    assert "_base_ = 'my.py'" in text and 'num_classes' not in text
+    assert Config.fromfile(tmp_path / 'again.py').model.roi_head.bbox_head.num_classes == 1
+    (root / 'Annotations/b.xml').write_text('<annotation>')
+    (root / 'annotations/voc_val.json').unlink()
+    with pytest.raises(InputError, match=r'b\.xml could not be read as a Pascal VOC annotation'):
+        new_config(root, digits.CONFIG, tmp_path / 'third.py')
+
+
+def test_what_is_refused_writes_nothing(mend, data, tmp_path):
+    out = tmp_path / 'my.py'
+
+    def refused(message, folder=data, base=digits.CONFIG, **kwargs):
+        with pytest.raises(InputError, match=message):
+            new_config(folder, base, out, **kwargs)
+        assert not out.exists()
+
+    refused('no directory', tmp_path / 'nowhere')
+    refused('did you mean faster-rcnn_od-r18', base='faster-rcnn_od-r18-k5_fpn_digits.py')
+    refused('does not exist', weights='nosuch.pth')
+    refused('has none of annotations/train.json', tmp_path)
+    folder = mend('train', lambda content: content['annotations'][0].update(bbox=[0, 0, 1]))
+    refused('could not be read as COCO|four finite numbers', folder)
+    folder = mend('train', lambda content: content.pop('categories'))
+    refused(r'train\.json could not be read as COCO \(KeyError', folder)
+
+
+def test_splits_that_disagree_or_share_images(mend, tmp_path):
+    folder = mend('val', lambda content: None)
+    image = next((folder / 'train').iterdir())
+    shutil.copy(image, folder / 'val')
+    made = new_config(folder, digits.CONFIG, tmp_path / 'my.py')
+    assert any('1 images are in both train and val' in warning for warning in made.warnings)
+    folder = mend('val', lambda content: content['categories'][0].update(name='other'))
+    with pytest.raises(InputError, match='The categories of val .* are not those of train'):
+        new_config(folder, digits.CONFIG, tmp_path / 'my2.py')
+
+
+def test_masks_that_are_not_there(mend, tmp_path):
+    def strip(content):
+        for annotation in content['annotations']:
+            annotation.pop('segmentation', None)
+    mend('train', strip)
+    folder = mend('val', strip)
+    with pytest.raises(InputError, match='no segmentations, which the base learns from'):
+        new_config(folder, 'mask-rcnn_od-r18-k4_fpn_digits.py', tmp_path / 'my.py')
