@@ -124,10 +124,13 @@ def compare(detector: TensorDetector, runtime: Runtime,
             (expected[0], got[0]), (expected[2], got[2])))
         # By place and label: scores that differ by a rounding may change places.
         same = (boxes + labels.sign() * 1e6).argmin(1) if len(got[0]) else got[2]
-        if len(got[0]) != len(expected[0]) or len(same.unique()) != len(same):
+        if len(got[0]) != len(expected[0]):
             raise InputError(f'The file detects {len(got[0])} objects in an image of {size}, and '
                              f'not the {len(expected[0])} of the detector: it was not exported '
                              'rightly.')
+        if len(same.unique()) != len(same):
+            raise InputError(f'The file differs from the detector in an image of {size}, where it '
+                             'detects as many objects, but others: it was not exported rightly.')
         errors = {name: (a[same].double() - b.double()).abs().max().item() if len(a) else 0.0
                   for name, a, b in zip(detector.output_names, got, expected)}
         if errors['boxes'] > BOX_TOLERANCE or errors['labels'] or max(
