@@ -1,5 +1,6 @@
 """A detector written to a file that runs without MMDetection, and compared with the detector."""
 import copy
+import importlib
 import json
 import warnings
 from pathlib import Path
@@ -77,32 +78,54 @@ def export_detector(detector: TensorDetector, path: Path, images: Sequence[Tenso
         if format == 'torchscript':
             torch.jit.trace(detector, image, check_trace=False).save(str(temporary))
             return compare(detector, Runtime(temporary), images) if check else []
-        names = detector.output_names
-        axes = {'image': {2: 'height', 3: 'width'}, **{name: {0: 'detections'} for name in names}}
-        torch.onnx.export(detector, (image, ), str(temporary), dynamo=False, opset_version=opset,
-                          input_names=['image'], output_names=names, dynamic_axes=axes)
+        write_onnx(detector, image, temporary, detector.output_names, {0: 'detections'}, opset)
         return compare(detector, Runtime(temporary), images) if check else []
 
 
-class Runtime:
-    """An exported file, run on the CPU: onnxruntime for .onnx, torch for anything else."""
+def write_onnx(module: nn.Module, image: Tensor, path: Path, names: Sequence[str],
+               output_axes: Dict[int, str], opset: int = 17) -> None:
+    """Write a function of one image, (1, 3, H, W) of any size, and its outputs' names and axes."""
+    axes = {'image': {2: 'height', 3: 'width'}, **dict.fromkeys(names, output_axes)}
+    torch.onnx.export(module, (image, ), str(path), dynamo=False, opset_version=opset,
+                      input_names=['image'], output_names=list(names), dynamic_axes=axes)
 
-    def __init__(self, path: Path) -> None:
-        if path.suffix == '.onnx':
-            try:
-                import onnxruntime
-            except ImportError as error:
-                raise InputError('onnxruntime is not installed, which runs the file: pip install '
-                                 '"mmdet_odconv[deploy]", or --no-check.') from error
-            session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
-            self._run = lambda image: [torch.from_numpy(value) for value in session.run(
-                None, {'image': image.numpy()})]
-        else:
+
+class Runtime:
+    """An exported file, run on the CPU by as many threads as torch has.
+
+    Args:
+        path: of a file that ends in .onnx, or else of TorchScript, which torch runs.
+        engine: of ONNX, 'onnxruntime' or 'openvino'.
+
+    Raises:
+        InputError: if the engine is not installed.
+    """
+
+    def __init__(self, path: Path, engine: str = 'onnxruntime') -> None:
+        if path.suffix != '.onnx':
             self._run = torch.jit.load(str(path))
+            return
+        try:
+            module = importlib.import_module(engine)
+        except ImportError as error:
+            raise InputError(f'{engine} is not installed, which runs the file: pip install '
+                             f'{engine}, or leave it out.') from error
+        threads = torch.get_num_threads()
+        if engine == 'openvino':
+            model = module.Core().compile_model(str(path), 'CPU', dict(
+                INFERENCE_NUM_THREADS=threads, INFERENCE_PRECISION_HINT='f32'))
+            self._run = lambda image: [torch.from_numpy(value.copy()) for value in model(
+                [image.numpy()]).to_tuple()]
+            return
+        options = module.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = module.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+        self._run = lambda image: [torch.from_numpy(value) for value in session.run(
+            None, {'image': image.numpy()})]
 
     @torch.no_grad()
     def __call__(self, image: Tensor) -> List[Tensor]:
-        """What :meth:`TensorDetector.forward` answers, of an image (1, 3, H, W)."""
+        """What the exported module answers, of an image (1, 3, H, W)."""
         return list(self._run(image))
 
 
