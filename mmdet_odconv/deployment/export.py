@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Dict, List, Sequence, Tuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from mmcv.transforms import Compose
@@ -14,13 +15,14 @@ from mmengine.registry import DATASETS
 from torch import Tensor, nn
 
 from ..checkpoints import read_weights
-from ..checkpoints.files import writing
+from ..checkpoints.files import halved, writing
 from ..checkpoints.swapping import build_model
 from ..errors import InputError
 from .detector import TensorDetector
 from .operators import OPSET
 
 FORMATS = ('onnx', 'torchscript')
+MIN_HALVED = 64  # elements, from which a cast is worth its node
 # What a runtime's rounding may change of a box (px) and of a score or a mask's pixel.
 BOX_TOLERANCE, SCORE_TOLERANCE = 0.1, 1e-3
 
@@ -49,7 +51,7 @@ def load_detector(config: Config, checkpoint: str) -> Tuple[nn.Module, Sequence[
 
 def export_detector(detector: TensorDetector, path: Path, images: Sequence[Tensor],
                     format: str = 'onnx', opset: int = 17, check: bool = True,
-                    force: bool = False) -> List[Dict[str, float]]:
+                    force: bool = False, half: bool = False) -> List[Dict[str, float]]:
     """Write a detector to ``path``, whole and right or not at all; any image size, one at a time.
 
     Args:
@@ -60,6 +62,9 @@ def export_detector(detector: TensorDetector, path: Path, images: Sequence[Tenso
         opset: ONNX's version of operators, at least 16.
         check: run the file and :func:`compare` it with the detector.
         force: replace a file that exists.
+        half: store weights in half precision, which a runtime makes single again as it loads them;
+            those of the detector are rounded so, in place. Fuse it first: an exporter folds norms
+            into rounded weights, which then are no halves.
 
     Returns:
         What :func:`compare` found.
@@ -71,6 +76,10 @@ def export_detector(detector: TensorDetector, path: Path, images: Sequence[Tenso
     if opset < OPSET:
         raise InputError(f'opset is {opset}, where at least {OPSET} was expected, the first whose '
                          'RoiAlign knows where pixels are.')
+    if half:
+        if format != 'onnx':
+            raise InputError(f'half is for onnx, and the format is {format}: leave half out.')
+        detector.load_state_dict(halved(detector.state_dict()))
     with writing(path, force) as temporary, torch.no_grad(), warnings.catch_warnings():
         # Of branches on shapes, which are the same for every image.
         warnings.simplefilter('ignore')
@@ -79,6 +88,8 @@ def export_detector(detector: TensorDetector, path: Path, images: Sequence[Tenso
             torch.jit.trace(detector, image, check_trace=False).save(str(temporary))
             return compare(detector, Runtime(temporary), images) if check else []
         write_onnx(detector, image, temporary, detector.output_names, {0: 'detections'}, opset)
+        if half:
+            store_halves(temporary)
         return compare(detector, Runtime(temporary), images) if check else []
 
 
@@ -88,6 +99,28 @@ def write_onnx(module: nn.Module, image: Tensor, path: Path, names: Sequence[str
     axes = {'image': {2: 'height', 3: 'width'}, **dict.fromkeys(names, output_axes)}
     torch.onnx.export(module, (image, ), str(path), dynamo=False, opset_version=opset,
                       input_names=['image'], output_names=list(names), dynamic_axes=axes)
+
+
+def store_halves(path: Path) -> None:
+    """Store in half precision every weight of an ONNX file that loses nothing by it."""
+    import onnx  # as torch.onnx does, only where it is needed
+    model = onnx.load(str(path))
+    casts = []
+    for weight in model.graph.initializer:
+        if weight.data_type != onnx.TensorProto.FLOAT:
+            continue
+        values = onnx.numpy_helper.to_array(weight)
+        with np.errstate(over='ignore'):
+            halves = values.astype(np.float16)
+        if values.size >= MIN_HALVED and (halves.astype(np.float32) == values).all():
+            name = weight.name
+            weight.CopyFrom(onnx.numpy_helper.from_array(halves, f'{name}/half'))
+            casts.append(onnx.helper.make_node('Cast', [weight.name], [name],
+                                               to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, str(path))
 
 
 class Runtime:

@@ -110,7 +110,9 @@ def test_a_head_that_shares_convolutions_between_levels():
 
 
 def test_the_test_command_fuses_a_copy(tmp_path, monkeypatch):
+    """Of a user's config that inherits from one of the plugin's."""
     digits.make(tmp_path)
+    (tmp_path / 'mine.py').write_text(f"_base_ = 'mmdet_odconv::quickstart/{digits.CONFIG}'")
     seen = []
 
     def evaluate(loop):
@@ -122,7 +124,7 @@ def test_the_test_command_fuses_a_copy(tmp_path, monkeypatch):
 
     monkeypatch.setattr(TestLoop, 'run', evaluate)
     monkeypatch.setattr(Runner, 'load_or_resume', lambda runner: None)
-    monkeypatch.setattr(sys, 'argv', ['test.py', digits.CONFIG, 'model.pth', '--fuse', '--work-dir',
+    monkeypatch.setattr(sys, 'argv', ['test.py', 'mine.py', 'model.pth', '--fuse', '--work-dir',
                                       'run', '--cfg-options', *digits.TINY])
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(digits.ROOT / 'tools/test.py'), run_name='__main__')
