@@ -9,6 +9,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.utils import get_installed_path
 from torch import nn
 
+from ..backbones.dynamic import DynamicBackbone
 from ..errors import InputError
 from ..layers import DynamicConv2d
 from .files import kept_meta, provenance
@@ -154,6 +155,28 @@ def _change_of(backbone: dict, conv_cfg: dict) -> Dict[str, object]:
     if parameter is not None:
         return dict(conv_cfg=conv_cfg)
     raise InputError(f'{name} takes no conv_cfg.')
+
+
+def make_static(config: dict) -> None:
+    """Take the dynamic convolutions and backbones out of a model's config, in place."""
+
+    def bases(value):
+        kind = value.get('type') if isinstance(value, dict) else None
+        kind = MODELS.get(kind) if isinstance(kind, str) else kind
+        return kind.__mro__ if isinstance(kind, type) else ()
+
+    if DynamicBackbone in bases(config):
+        config['type'] = bases(config)[bases(config).index(DynamicBackbone) + 1]
+        for argument in ('budget', 'kernel_num', 'reduction', 'init', 'dynamic_convs',
+                         'frozen_except'):
+            config.pop(argument, None)
+    for key, value in list(config.items()):
+        if DynamicConv2d in bases(value):
+            del config[key]
+            continue
+        for part in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(part, dict):
+                make_static(part)
 
 
 def build_model(config: Config) -> nn.Module:

@@ -1,10 +1,15 @@
 """Norms folded into the convolutions before them, dynamic and static."""
 import collections
+import copy
 from typing import Iterator, Tuple
 
 import torch
 from mmcv.cnn import ConvModule
 from mmcv.cnn.bricks.wrappers import Conv2d as EmptySafeConv2d
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -65,6 +70,22 @@ def fuse(model: nn.Module) -> nn.Module:
             if uses[conv] == uses[norm] == 1 and not (_hooked(conv) or _hooked(norm)):
                 module._modules[name] = _fold(conv, norm).eval()
     return model
+
+
+@HOOKS.register_module()
+class FusionHook(Hook):
+    """Tests a copy of the model that :func:`fuse` has folded; the model itself stays as it is."""
+
+    priority = 'LOWEST'  # after the weights of an average have taken their place
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        self.place = (runner.model, 'module') if is_model_wrapper(runner.model) else (
+            runner, 'model')
+        self.original = getattr(*self.place)
+        setattr(*self.place, fuse(copy.deepcopy(self.original).eval()))
+
+    def after_test_epoch(self, runner: Runner, metrics=None) -> None:
+        setattr(*self.place, self.original)
 
 
 def _pairs(module: nn.Module) -> Iterator[Tuple[nn.Module, str, nn.Module]]:

@@ -83,9 +83,15 @@ def prepare_cpu_processes(argv: List[str]) -> None:
     config = Config.fromfile(next(arg for arg in argv[1:] if arg.endswith('.py')))
     if config.get('model_wrapper_cfg') is not None:
         return
+    add_cfg_options(argv, [
+        'model_wrapper_cfg.device_ids=None', 'model_wrapper_cfg.broadcast_buffers=False',
+        'model_wrapper_cfg.find_unused_parameters='
+        f'{config.get("find_unused_parameters", False)}'])
+
+
+def add_cfg_options(argv: List[str], options: List[str]) -> None:
+    """Put settings of the config before the user's own, in the arguments of mmdet's tools."""
     if '--cfg-options' not in argv:
         argv.append('--cfg-options')
     at = argv.index('--cfg-options') + 1
-    argv[at:at] = ['model_wrapper_cfg.device_ids=None', 'model_wrapper_cfg.broadcast_buffers=False',
-                   'model_wrapper_cfg.find_unused_parameters='
-                   f'{config.get("find_unused_parameters", False)}']
+    argv[at:at] = options

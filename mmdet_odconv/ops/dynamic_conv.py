@@ -84,6 +84,8 @@ def dynamic_conv2d(input: Tensor,
             weight = weight.to(dtype)
         with torch.autocast(device, enabled=False):
             output = _run(plan, input, weight, *attentions, *geometry)
+    elif is_exporting():  # runtimes join a convolution's own bias, and what follows it, to it
+        return exported_conv2d(input, weight, *attentions, *geometry, bias=bias)
     else:
         output = _run(plan, input, weight, *attentions, *geometry)
     return output if bias is None else output + bias.to(output.dtype)[:, None, None]

@@ -24,17 +24,19 @@ def is_exporting() -> bool:
 def exported_conv2d(input: Tensor, weight: Tensor, kernel_attention: Optional[Tensor],
                     spatial_attention: Optional[Tensor], channel_attention: Optional[Tensor],
                     filter_attention: Optional[Tensor], stride, padding, dilation,
-                    groups: int) -> Tensor:
-    """:func:`~mmdet_odconv.ops.dynamic_conv2d`, without its bias, for exporters."""
+                    groups: int, bias: Optional[Tensor] = None) -> Tensor:
+    """:func:`~mmdet_odconv.ops.dynamic_conv2d` for exporters."""
     weight = weight.to(input.dtype)
+    bias = None if bias is None else bias.to(input.dtype)
     if kernel_attention is None and spatial_attention is None:
         # One kernel for all images, a constant of the graph: whatever the batch, only maps scale.
         if channel_attention is not None:
             input = input * channel_attention[:, :, None, None]
-        output = F.conv2d(input, weight[0], None, stride, padding, dilation, groups)
+        inner = bias if filter_attention is None else None
+        output = F.conv2d(input, weight[0], inner, stride, padding, dilation, groups)
         if filter_attention is not None:
             output = output * filter_attention[:, :, None, None]
-        return output
+        return output if bias is inner else _plus(output, bias)
     _, out_channels, group_channels, *kernel_size = weight.shape
     kernels = weight.reshape(len(weight), groups, out_channels // groups, group_channels,
                              *kernel_size)
@@ -52,21 +54,21 @@ def exported_conv2d(input: Tensor, weight: Tensor, kernel_attention: Optional[Te
         kernels = kernels * filter_attention.reshape(-1, groups, out_channels // groups, 1, 1, 1)
     return exported_convolve_images(
         input, kernels.reshape(-1, out_channels, group_channels, *kernel_size), stride, padding,
-        dilation, groups)
+        dilation, groups, bias)
 
 
 def exported_convolve_images(input: Tensor, kernels: Tensor, stride=1, padding=0, dilation=1,
-                             groups: int = 1) -> Tensor:
-    """:func:`~mmdet_odconv.ops.convolution.convolve_images` for exporters."""
+                             groups: int = 1, bias: Optional[Tensor] = None) -> Tensor:
+    """:func:`~mmdet_odconv.ops.convolution.convolve_images`, plus a bias, for exporters."""
     out_channels, group_channels, *kernel_size = _constants(kernels.shape[1:])
     batch = _constant_batch(input)
     if batch == 1:
         kernel = kernels.reshape(out_channels, group_channels, *kernel_size)
-        return F.conv2d(input, kernel, None, stride, padding, dilation, groups)
+        return F.conv2d(input, kernel, bias, stride, padding, dilation, groups)
     if batch is not None:
         output = F.conv2d(input.reshape(1, -1, *input.shape[2:]), kernels.flatten(0, 1), None,
                           stride, padding, dilation, batch * groups)
-        return output.reshape(batch, out_channels, *output.shape[2:])
+        return _plus(output.reshape(batch, out_channels, *output.shape[2:]), bias)
     stride, padding, dilation = (
         (value, value) if isinstance(value, int) else tuple(value)
         for value in (stride, padding, dilation))
@@ -78,7 +80,11 @@ def exported_convolve_images(input: Tensor, kernels: Tensor, stride=1, padding=0
     output = matrices @ columns.reshape(columns.shape[0], groups, inner, -1)
     height, width = ((size + 2 * p - d * (k - 1) - 1) // st + 1 for size, k, st, p, d in zip(
         input.shape[2:], kernel_size, stride, padding, dilation))
-    return output.reshape(output.shape[0], out_channels, height, width)
+    return _plus(output.reshape(output.shape[0], out_channels, height, width), bias)
+
+
+def _plus(output: Tensor, bias: Optional[Tensor]) -> Tensor:
+    return output if bias is None else output + bias[:, None, None]
 
 
 def _constant_batch(input: Tensor) -> Optional[int]:

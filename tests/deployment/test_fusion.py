@@ -1,11 +1,15 @@
 """Norms folded into dynamic and static convolutions: exactly, or not at all."""
 import copy
+import runpy
+import sys
 
+import digits
 import pytest
 import torch
 from mmcv.cnn import ConvModule, fuse_conv_bn
 from mmdet.models import RTMDetSepBNHead
 from mmengine.registry import DefaultScope
+from mmengine.runner import Runner, TestLoop
 from reference import randomised
 from torch import nn
 
@@ -103,3 +107,26 @@ def test_a_head_that_shares_convolutions_between_levels():
     expected = head(feats)
     for found, wanted in zip(sum(fuse(head)(feats), ()), sum(expected, ())):
         torch.testing.assert_close(found, wanted)
+
+
+def test_the_test_command_fuses_a_copy(tmp_path, monkeypatch):
+    """Of a user's config that inherits from one of the plugin's."""
+    digits.make(tmp_path)
+    (tmp_path / 'mine.py').write_text(f"_base_ = 'mmdet_odconv::quickstart/{digits.CONFIG}'")
+    seen = []
+
+    def evaluate(loop):
+        loop.runner.call_hook('before_test_epoch')
+        seen.append(len(norms(loop.runner.model)))
+        loop.runner.call_hook('after_test_epoch', metrics={})
+        seen.append(len(norms(loop.runner.model)))
+        return {}
+
+    monkeypatch.setattr(TestLoop, 'run', evaluate)
+    monkeypatch.setattr(Runner, 'load_or_resume', lambda runner: None)
+    monkeypatch.setattr(sys, 'argv', ['test.py', 'mine.py', 'model.pth', '--fuse', '--work-dir',
+                                      'run', '--cfg-options', *digits.TINY])
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(digits.ROOT / 'tools/test.py'), run_name='__main__')
+    fused, unfused = seen
+    assert fused == 0 and unfused > 20

@@ -108,6 +108,13 @@ def test_torchscript(export):
     assert code is None and said.count('20 detections equal') == 2
 
 
+def test_half(root, export):
+    """Half the bytes, and what the detector with rounded weights finds, exactly."""
+    code, said = export('faster.py', 'faster.pth', '--out', 'half.onnx', '--half')
+    assert code is None and said.count('20 detections equal') == 2
+    assert (root / 'half.onnx').stat().st_size < 0.65 * (root / 'faster.pth').stat().st_size
+
+
 def test_what_cannot_be_exported_is_named(root, export):
     def refused(*args):
         code, _ = export(*args, '--out', 'refused.onnx')
@@ -120,6 +127,11 @@ def test_what_cannot_be_exported_is_named(root, export):
         "error: The test_cfg of the roi_head has nms={'type': 'soft_nms', 'iou_threshold': 0.5}, w")
     assert refused('faster.py', 'mask.pth', '--opset', '15').startswith(
         'error: opset is 15, where at least 16')
+    assert refused('faster.py', 'faster.pth', '--format', 'torchscript', '--half').startswith(
+        'error: half is for onnx, and the format is torchscript')
+    for asked in ('--format pt2', '--batch dynamic'):
+        assert refused('faster.py', 'faster.pth', *asked.split()).startswith(
+            f'error: {asked} is not for whole detectors, whose number of boxes depends')
     assert refused('mask.py', 'faster.pth').startswith('error: faster.pth lacks ')
     (root / 'rpn.py').write_text(
         "_base_ = './faster.py'\nmodel = dict(roi_head=dict(bbox_roi_extractor=dict("

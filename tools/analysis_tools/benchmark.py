@@ -250,6 +250,7 @@ def detector_case(args, batch):
     from mmengine.optim import build_optim_wrapper
     from mmengine.registry import DefaultScope
 
+    from mmdet_odconv.checkpoints.swapping import make_static
     from mmdet_odconv.engine.launch import find_config
     path = Path(args.target) if Path(args.target).exists() else find_config(args.target)
     DefaultScope.get_instance('benchmark', scope_name='mmdet')
@@ -278,32 +279,6 @@ def detector_case(args, batch):
 
     return Case(describe(path.stem, batch, args.size), static, dynamic, x, DTYPES[args.dtype],
                 forward, lambda model: model.train_step(data, wrappers[model]))
-
-
-def make_static(config):
-    """Take the dynamic convolutions and backbones out of a model's config, in place."""
-    from mmdet.registry import MODELS
-
-    from mmdet_odconv.backbones.dynamic import DynamicBackbone
-    from mmdet_odconv.layers import DynamicConv2d
-
-    def bases(value):
-        kind = value.get('type') if isinstance(value, dict) else None
-        kind = MODELS.get(kind) if isinstance(kind, str) else kind
-        return kind.__mro__ if isinstance(kind, type) else ()
-
-    if DynamicBackbone in bases(config):
-        config.type = bases(config)[bases(config).index(DynamicBackbone) + 1]
-        for argument in ('budget', 'kernel_num', 'reduction', 'init', 'dynamic_convs',
-                         'frozen_except'):
-            config.pop(argument, None)
-    for key, value in list(config.items()):
-        if DynamicConv2d in bases(value):
-            del config[key]
-            continue
-        for part in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(part, dict):
-                make_static(part)
 
 
 def describe(label, batch, size, args=None, kernel_num=None):

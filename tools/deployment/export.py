@@ -14,7 +14,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from mmdet_odconv import fuse
+from mmdet_odconv import InputError, fuse
 from mmdet_odconv.checkpoints.files import refuse_existing
 from mmdet_odconv.deployment.detector import TensorDetector
 from mmdet_odconv.deployment.evaluation import ExportedDetector, evaluate
@@ -36,9 +36,12 @@ def main():
     parser.add_argument('config', metavar='CONFIG')
     parser.add_argument('checkpoint', metavar='CHECKPOINT')
     parser.add_argument('--out', type=Path, required=True, metavar='FILE')
-    parser.add_argument('--format', choices=FORMATS, default='onnx')
+    parser.add_argument('--format', choices=(*FORMATS, 'pt2'), default='onnx')
     parser.add_argument('--opset', type=int, default=17, help="ONNX's, at least 16")
     parser.add_argument('--fuse', action='store_true', help='fold norms into convolutions first')
+    parser.add_argument('--half', action='store_true',
+                        help='fuse, and store weights in half precision')
+    parser.add_argument('--batch', choices=['1', 'dynamic'], default='1')
     parser.add_argument('--normalize', action='store_true',
                         help='take BGR images of 0 to 255 and normalise them in the graph')
     parser.add_argument('--image', action='append', default=[], metavar='FILE',
@@ -49,6 +52,11 @@ def main():
     parser.add_argument('--force', action='store_true', help='replace files that exist')
     args = parser.parse_args()
     with errors_explained():
+        if args.format == 'pt2' or args.batch == 'dynamic':
+            asked = '--format pt2' if args.format == 'pt2' else '--batch dynamic'
+            raise InputError(f'{asked} is not for whole detectors, whose number of boxes depends '
+                             'on the image: export the backbone with torch.export or '
+                             'torch.onnx.export, as docs/guides/deployment.md shows.')
         described = args.out.with_suffix('.json')
         for file in (args.out, described):
             refuse_existing(file, args.force)
@@ -56,10 +64,11 @@ def main():
         config = Config.fromfile(path)
         init_default_scope(config.get('default_scope', 'mmdet'))
         model, classes = load_detector(config, args.checkpoint)
-        detector = TensorDetector(fuse(model) if args.fuse else model, args.normalize)
+        detector = TensorDetector(fuse(model) if args.fuse or args.half else model,
+                                  args.normalize)
         images = example_images(config, model, args.normalize, args.image)
         checked = export_detector(detector, args.out, images, args.format, args.opset,
-                                  not args.no_check, args.force)
+                                  not args.no_check, args.force, args.half)
         write_preprocessing(preprocessing(config, model, args.normalize, classes),
                             described, args.force)
         print(f'{args.out}: {args.out.stat().st_size / 1e6:.1f} MB')

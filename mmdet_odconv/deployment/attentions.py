@@ -1,0 +1,174 @@
+"""What dynamic layers attend to over a data set, and what a detector finds and misses there."""
+from dataclasses import dataclass
+from typing import Dict, List, Tuple
+
+import torch
+from mmdet.structures.bbox import bbox_overlaps
+from mmengine.config import Config
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..layers import DynamicConv2d
+
+DEAD = 0.01  # share of a mixture that a kernel of a dead bank never reaches
+MATCH = 0.5  # IoU from which a detection is of an object
+
+
+@dataclass
+class Image:
+    """A picture with what is in it and what was found: boxes (N, 4) in its pixels, labels (N,)."""
+    path: str
+    boxes: Tensor
+    labels: Tensor
+    found_boxes: Tensor
+    found_scores: Tensor
+    found_labels: Tensor
+
+
+@dataclass
+class Spread:
+    """How the kernel attention of one layer spreads over its bank and over images.
+
+    Attributes:
+        shares: (n,), mean share of each kernel in the mixture.
+        entropy: of an image's attention, the mean over images, in units of log n: 1 where all
+            kernels are mixed alike, 0 where each image takes one.
+        variation: standard deviation of a share over images, the mean over kernels; 0 where all
+            images get the same kernel.
+        dead: kernels that no image takes more than a hundredth of.
+    """
+    shares: Tensor
+    entropy: float
+    variation: float
+    dead: List[int]
+
+
+@torch.no_grad()
+def record_attentions(model: nn.Module, config: Config, limit: int
+                      ) -> Tuple[List[Image], Dict[str, Tensor]]:
+    """Run a detector on its config's test set and keep each layer's kernel attention.
+
+    Args:
+        model: in evaluation mode.
+        config: whose ``test_dataloader`` is read.
+        limit: most images.
+
+    Returns:
+        The images, and by layer name the kernel attention of each, (images, n), summing to one.
+
+    Raises:
+        InputError: if no layer of the model has an attention over kernels.
+    """
+    kept: Dict[str, List[Tensor]] = {}
+
+    def keep(name):
+        def hook(_, __, attentions):
+            if attentions.get('kernel_attention') is not None:
+                kept.setdefault(name, []).append(attentions['kernel_attention'].cpu())
+        return hook
+
+    hooks = [module.attention.register_forward_hook(keep(name))
+             for name, module in model.named_modules()
+             if isinstance(module, DynamicConv2d) and isinstance(
+                 getattr(module, 'attention', None), nn.Module)]
+    loader = Runner.build_dataloader(config.test_dataloader)
+    images: List[Image] = []
+    try:
+        for data in loader:
+            for sample in model.test_step(data):
+                given = loader.dataset.get_data_info(len(images))['instances']
+                found = sample.pred_instances.cpu()
+                images.append(Image(
+                    sample.img_path, torch.tensor([i['bbox'] for i in given]).reshape(-1, 4),
+                    torch.tensor([i['bbox_label'] for i in given], dtype=torch.long),
+                    found.bboxes, found.scores, found.labels))
+            if len(images) >= limit:
+                break
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not kept:
+        raise InputError('No layer of this detector mixes kernels by attention: give a config '
+                         'with dynamic layers of more than one kernel.')
+    attentions = {name: torch.cat(values)[:limit] for name, values in kept.items()
+                  if sum(map(len, values)) == len(images)}  # not of layers that run several times
+    return images[:limit], {name: value / value.sum(1, keepdim=True).clamp(min=1e-12)
+                            for name, value in attentions.items()}
+
+
+def spread(attention: Tensor) -> Spread:
+    """:class:`Spread` of the attention of one layer, (images, n)."""
+    attention = attention.double()
+    entropy = torch.special.entr(attention).sum(1).mean() / torch.tensor(attention.shape[1]).log()
+    return Spread(attention.mean(0), entropy.item(), attention.std(0, correction=0).mean().item(),
+                  (attention.max(0).values < DEAD).nonzero()[:, 0].tolist())
+
+
+def by_class(attention: Tensor, images: List[Image], classes: int) -> Tensor:
+    """Mean attention over the images that hold a class, (classes, n); NaN where none does."""
+    rows = [[i for i, image in enumerate(images) if (image.labels == label).any()]
+            for label in range(classes)]
+    return torch.stack([attention[row].mean(0) for row in rows])
+
+
+def most_and_least_alike(attentions: Dict[str, Tensor]) -> Tuple[Tuple[int, int], Tuple[int, int]]:
+    """The two images whose attentions over all layers are nearest, and the two farthest."""
+    vectors = torch.cat(list(attentions.values()), 1)
+    distances = torch.cdist(vectors, vectors)
+    first, second = torch.triu_indices(len(vectors), len(vectors), 1)
+    pairs = distances[first, second]
+    return tuple((int(first[i]), int(second[i])) for i in (pairs.argmin(), pairs.argmax()))
+
+
+@dataclass
+class Mistake:
+    """Where a detector errs: an image's index, a box of it, and how bad it is, from 0 to 1."""
+    image: int
+    box: Tensor
+    text: str
+    badness: float
+
+
+def mistakes(images: List[Image], classes: List[str], score: float) -> Dict[str, List[Mistake]]:
+    """False positives, wrong classes and misses, each the worst first.
+
+    A detection, by falling score, takes the free object that it overlaps most, from an IoU of one
+    half on: of its own class if there is one, and else it is of a wrong class, or of nothing.
+
+    Args:
+        images: what :func:`record_attentions` gave.
+        classes: names by label.
+        score: least score of a detection that counts.
+    """
+    result: Dict[str, List[Mistake]] = {'false positives': [], 'wrong class': [], 'misses': []}
+    for index, image in enumerate(images):
+        free = torch.ones(len(image.boxes), dtype=torch.bool)
+        counted = [int(i) for i in image.found_scores.argsort(descending=True)
+                   if image.found_scores[i] >= score]
+        overlaps = bbox_overlaps(image.found_boxes.float(), image.boxes.float())
+        wrong = []
+        for i in counted:
+            same = overlaps[i] * (free & (image.labels == image.found_labels[i]))
+            if len(same) and same.max() >= MATCH:
+                free[same.argmax()] = False
+            else:
+                wrong.append(i)
+        for i in wrong:
+            box, value = image.found_boxes[i], image.found_scores[i].item()
+            text = f'{classes[image.found_labels[i]]} {value:.2f}'
+            left = overlaps[i] * free
+            if len(left) and left.max() >= MATCH:
+                true = int(left.argmax())
+                free[true] = False
+                text += f', is {classes[image.labels[true]]}'
+                result['wrong class'].append(Mistake(index, box, text, value))
+            else:
+                result['false positives'].append(Mistake(index, box, text, value))
+        for true in free.nonzero()[:, 0]:
+            best = overlaps[:, true] * image.found_scores if len(image.found_scores) else [0.]
+            result['misses'].append(Mistake(index, image.boxes[true],
+                                            classes[image.labels[true]], 1 - float(max(best))))
+    for found in result.values():
+        found.sort(key=lambda mistake: -mistake.badness)
+    return result

@@ -1,0 +1,110 @@
+"""A dynamic network and its static counterpart, side by side in every way to run them."""
+import copy
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Callable, Dict, List, Sequence, Tuple
+
+import torch
+from mmengine.config import Config
+from torch import Tensor, nn
+
+from ..checkpoints.inflation import load_static
+from ..checkpoints.swapping import build_model, make_static
+from ..errors import InputError
+from .detector import TensorDetector
+from .export import Runtime, write_onnx
+from .fusion import fuse
+
+FORMATS = ('eager', 'compile', 'onnxruntime', 'openvino')
+TOLERANCE = 1e-3  # of a map, relative to its largest value
+
+
+def counterparts(config: Config, part: str) -> Dict[str, nn.Module]:
+    """A config's backbone or detector with static layers, 'static', and as it is, 'dynamic'.
+
+    Both are fused. The weights are random, those of the dynamic one inflated from the static ones,
+    so that both find the same.
+
+    Args:
+        config: of a detector with dynamic layers.
+        part: 'backbone' or 'detector'.
+    """
+    config = copy.deepcopy(config)
+    config.model.backbone.init_cfg = None
+    dynamic = build_model(config)
+    make_static(config.model)
+    static = build_model(config)
+    for module in static.modules():
+        if isinstance(module, nn.Conv2d):  # so that maps neither vanish nor overflow
+            nn.init.kaiming_normal_(module.weight, nonlinearity='relu')
+    load_static(dynamic, static.state_dict())
+    models = dict(static=fuse(static.eval()), dynamic=fuse(dynamic.eval()))
+    return {name: model.backbone if part == 'backbone' else TensorDetector(model)
+            for name, model in models.items()}
+
+
+def time_formats(models: Dict[str, nn.Module], image: Tensor, formats: Sequence[str] = FORMATS,
+                 rounds: int = 10) -> List[dict]:
+    """Run each model in each format, in turn, and compare what it answers with torch's own.
+
+    Args:
+        models: functions of one image, in evaluation mode.
+        image: (1, 3, H, W).
+        formats: of :data:`FORMATS`.
+        rounds: how often each is run.
+
+    Returns:
+        A row for each format and model: format, model, ms (median over rounds), MB (of weights,
+        or of the file) and error (largest of any output, relative to the output's largest value).
+
+    Raises:
+        InputError: if a format's runtime is not installed, or answers something else.
+    """
+    rows, runs = [], []
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        for name, model in models.items():
+            expected = model(image)
+            path = Path(folder) / f'{name}.onnx'
+            for kind in formats:
+                run, size = _prepared(kind, model, image, path)
+                error = max(_error(a, b) for a, b in zip(run(image), expected))
+                if error > TOLERANCE:
+                    raise InputError(f'{name} in {kind} differs from torch by {error:.2g} of its '
+                                     'largest value.')
+                rows.append(dict(format=kind, model=name, ms=[], MB=size / 1e6, error=error))
+                runs.append(run)
+        for _ in range(rounds):
+            for row, run in zip(rows, runs):
+                start = time.perf_counter()
+                run(image)
+                row['ms'].append(1000 * (time.perf_counter() - start))
+    for row in rows:
+        row['ms'] = statistics.median(row['ms'])
+    return rows
+
+
+def _prepared(kind: str, model: nn.Module, image: Tensor, path: Path) -> Tuple[Callable, int]:
+    """What runs the model in a format, and the bytes of its weights or file."""
+    if kind in ('eager', 'compile'):
+        size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+        return (model if kind == 'eager' else torch.compile(model, dynamic=False)), size
+    if not path.exists():
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            names = getattr(model, 'output_names', None)
+            axes = {0: 'detections'} if names else {2: 'rows', 3: 'columns'}
+            names = names or [f'map{i}' for i in range(len(model(image)))]
+            write_onnx(model, image, path, names, axes)
+    return Runtime(path, kind), path.stat().st_size
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    if found.shape != expected.shape:
+        return float('inf')
+    if not expected.numel():
+        return 0.0
+    difference = (found.double() - expected.double()).abs().max()
+    return (difference / expected.double().abs().max().clamp(min=1e-12)).item()

@@ -1,0 +1,81 @@
+"""What layers attend to, what a detector misses, and the page that shows both."""
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+
+import cv2
+import digits
+import pytest
+import torch
+from mmengine.config import Config
+
+from mmdet_odconv.checkpoints.swapping import build_model
+from mmdet_odconv.deployment.attentions import (
+    Image,
+    by_class,
+    mistakes,
+    most_and_least_alike,
+    spread,
+)
+
+BROWSER = next(filter(None, map(shutil.which, ('chromium', 'google-chrome'))), None)
+
+
+def image(boxes, labels, found, scores, found_labels):
+    return Image('x.jpg', torch.tensor(boxes).reshape(-1, 4), torch.tensor(labels),
+                 torch.tensor(found).reshape(-1, 4), torch.tensor(scores),
+                 torch.tensor(found_labels))
+
+
+def test_spread():
+    uniform = spread(torch.full((5, 4), 0.25))
+    assert uniform.entropy == pytest.approx(1) and uniform.variation == 0 and not uniform.dead
+    apart = spread(torch.eye(3)[[0, 1, 0, 1]])
+    assert apart.entropy == 0 and apart.variation == pytest.approx(1 / 3) and apart.dead == [2]
+    assert apart.shares.tolist() == [0.5, 0.5, 0]
+
+
+def test_by_class_and_alike():
+    attention = torch.tensor([[1., 0.], [0.9, 0.1], [0., 1.]])
+    images = [image([], labels, [], [], []) for labels in ([0, 1], [0], [1])]
+    assert by_class(attention, images, 3)[:2].tolist() == [pytest.approx([0.95, 0.05]), [0.5, 0.5]]
+    assert by_class(attention, images, 3)[2].isnan().all()
+    assert most_and_least_alike(dict(layer=attention)) == ((0, 1), (0, 2))
+
+
+def test_mistakes():
+    """Found twice, as another class, where nothing is, and not at all."""
+    a, b, c, far = [0., 0, 9, 9], [20., 0, 29, 9], [40., 0, 49, 9], [80., 80, 90, 90]
+    found = mistakes([image([a, b, c], [0, 1, 0], [a, a, b, far, c], [.9, .8, .7, .6, .1],
+                            [0, 0, 0, 1, 0])], ['one', 'two'], 0.5)
+    assert [m.text for m in found['false positives']] == ['one 0.80', 'two 0.60']
+    assert [m.text for m in found['wrong class']] == ['one 0.70, is two']
+    assert [(m.text, m.box.tolist()) for m in found['misses']] == [('one', c)]
+    assert found['misses'][0].badness == pytest.approx(0.9)
+
+
+def test_the_page(tmp_path, monkeypatch, capsys):
+    digits.make(tmp_path)
+    (tmp_path / 'tiny.py').write_text(f"""
+_base_ = {str(digits.ROOT / 'configs/quickstart/faster-rcnn_od-r18-k4_fpn_digits.py')!r}
+model = dict(backbone=dict(base_channels=8, stem_channels=8, kernel_num=2),
+             neck=dict(in_channels=[8, 16, 32, 64]))
+""")
+    monkeypatch.chdir(tmp_path)
+    torch.save(build_model(Config.fromfile('tiny.py')).state_dict(), 'tiny.pth')
+    monkeypatch.setattr(sys, 'argv', ['attention.py', 'tiny.py', 'tiny.pth', '--score', '0.01',
+                                      '--data', 'data/digits/annotations/train.json',
+                                      'data/digits/train'])
+    runpy.run_path(str(digits.ROOT / 'tools/analysis_tools/attention.py'), run_name='__main__')
+    said = capsys.readouterr().out
+    assert said.count('entropy 1.000, variation 0.0000, shares 0.50 0.50, dead none') == 16
+    page = (tmp_path / 'attention.html').read_text()
+    assert '4 images' in page and not re.search(r'(src|href)="(?!data:)', page)
+    if BROWSER is None:
+        pytest.skip('no Chromium to open the page in')
+    subprocess.run([BROWSER, '--headless', '--no-sandbox', '--disable-gpu', '--screenshot=page.png',
+                    '--window-size=1000,1500', f'file://{tmp_path}/attention.html'], check=True,
+                   capture_output=True, timeout=60)
+    assert cv2.imread('page.png').std() > 20
