@@ -460,6 +460,23 @@ def test_a_hotter_attention_is_more_uniform():
 
 
 @every_layer
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+@pytest.mark.parametrize('arguments', [dict(kernel_size=1), dict(kernel_size=3, padding=1)])
+def test_an_image_that_is_not_finite_spoils_itself_alone(cls, arguments, value):
+    """At inference; in training batch statistics carry it on, as those of a static network do."""
+    layer = randomised(cls(8, 8, **arguments)).eval()
+    for size in (3, 16):
+        x = torch.randn(3, 8, size, size)
+        x[1, 0, 0, 0] = value
+        with torch.no_grad():
+            output, alone = layer(x), layer(x[::2])
+        assert not output[1].isfinite().all()
+        torch.testing.assert_close(output[::2], alone)
+    if cls in (DyConv2d, CondConv2d, DCDConv2d):  # no BatchNorm
+        assert layer.train()(x)[::2].isfinite().all()
+
+
+@every_layer
 def test_is_one_operation_to_a_tracer(cls):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), cls(8, 8, 3, padding=1), nn.BatchNorm2d(8)).eval()
     traced = torch.fx.symbolic_trace(model)
