@@ -1,10 +1,15 @@
 """The one decision that makes a static backbone dynamic: which of its convolutions are."""
+import logging
 import re
 from typing import List, Optional
 
+from mmengine.logging import print_log
+from torch import nn
+
 from ..checkpoints import read_published_names
 from ..errors import InputError
-from ..layers import replace_convs
+from ..layers import DynamicConv2d, replace_convs
+from ..layers.odconv import NORM_TYPES
 
 
 class DynamicBackbone:
@@ -57,12 +62,24 @@ class DynamicBackbone:
             raise InputError(f'dynamic_convs={pattern!r} matches the name of no convolution of '
                              f'{type(self).__name__}: give a regular expression for whole names, '
                              f'such as {self.dynamic_convs!r}.')
+        self._warn_of_unlike_norms((kwargs.get('norm_cfg') or {}).get('type', 'BN'))
         read_published_names(self)
         self._freeze_stages()  # the backbone froze the convolutions that were here before
 
     def make_dynamic(self, pattern: str, conv_cfg: dict) -> List[str]:
         """Replace the convolutions whose names match; return those names."""
         return replace_convs(self, pattern, conv_cfg)
+
+    def _warn_of_unlike_norms(self, kind: str) -> None:
+        """Whoever leaves BatchNorm, for its batches, may not mean to keep it in the attention."""
+        is_left = any(type(module) is nn.BatchNorm2d for layer in self.modules()
+                      if isinstance(layer, DynamicConv2d) for module in layer.attention.modules())
+        if kind in NORM_TYPES and kind != 'BN' and is_left:
+            print_log(
+                f'{type(self).__name__} has norm_cfg type {kind}, and the attention of its dynamic '
+                f"layers keeps BatchNorm: conv_cfg=dict(norm_cfg=dict(type='{kind}')) gives it "
+                "the same, conv_cfg=dict(norm_cfg=dict(type='BN')) is what published weights have.",
+                logger='current', level=logging.WARNING)
 
     def _freeze_stages(self) -> None:
         super()._freeze_stages()

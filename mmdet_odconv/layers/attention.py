@@ -41,12 +41,17 @@ class PooledLinear(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map pooled values x, (B, Cin), to (B, Cout)."""
-        return F.linear(x, self.weight.flatten(1), self.bias)
+        """Map pooled values x, (B, Cin), to (B, Cout), in the dtype of x."""
+        return linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         text = f'{self.in_channels}, {self.out_channels}'
         return text if self.bias is not None else text + ', bias=False'
+
+
+def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    """x, (B, Cin), times weight, (Cout, Cin, ...), in the dtype of x, float32 in float16 layers."""
+    return F.linear(x, weight.flatten(1).to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def hidden_channels(in_channels: int, reduction: float, at_least: int) -> int:

@@ -183,6 +183,12 @@ class DynamicConv2d(nn.Module):
             bank = torch.cat([bank, kernel[None]])
         self.weight.copy_(bank / multiple)
 
+    def __prepare_scriptable__(self):  # torch.jit.script asks every module
+        raise NotImplementedError(
+            f'{type(self).__name__} cannot be scripted, since it chooses how to convolve as it '
+            'runs: use torch.jit.trace or torch.export, or export the detector by mim run '
+            'mmdet_odconv export.')
+
     def _apply(self, fn, *args, **kwargs):
         return super()._apply(on_banks(fn), *args, **kwargs)
 
@@ -228,7 +234,7 @@ class DynamicConv2d(nn.Module):
             raise ValueError(f'{type(self).__name__} expects an input of shape '
                              f'(B, {self.in_channels}, H, W), got {tuple(x.shape)}')
         x, average = with_average(x)
-        attentions = self.attend(average)
+        attentions = in_range(self.attend, average)
         x = self.modulate(x)
         padding = self.padding
         if self.padding_mode != 'zeros':
@@ -249,7 +255,8 @@ class DynamicConv2d(nn.Module):
         output = dynamic_conv2d(x, self.weight, None if self.mixes_bias else self.bias,
                                 self.stride, padding, self.dilation, self.groups, **attentions)
         if self.mixes_bias and self.bias is not None:
-            bias = attentions['kernel_attention'].to(self.bias.dtype) @ self.bias
+            # No matrix product, which autocast would have in float16, and its gradients too.
+            bias = (attentions['kernel_attention'][:, :, None] * self.bias).sum(1)
             output = output + bias.to(output.dtype)[:, :, None, None]
         return output
 
@@ -291,6 +298,20 @@ def on_banks(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
 
     return apply
+
+
+def in_range(function: Callable, tensor: Tensor, *others: Tensor):
+    """``function`` of these tensors, without the float16 of autocast.
+
+    For what makes kernels: the gradients of an attention are sums over all of a kernel, too large
+    for float16 where those of the kernel are not. It costs little, as it is of no map.
+    """
+    device = tensor.device.type
+    if (device == 'meta' or not torch.is_autocast_enabled(device)
+            or torch.get_autocast_dtype(device) != torch.float16):
+        return function(tensor, *others)
+    with torch.autocast(device, enabled=False):
+        return function(tensor, *others)
 
 
 def placed(module: nn.Module, device, dtype) -> nn.Module:

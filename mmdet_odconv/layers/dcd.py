@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..ops import convolve_images, dynamic_conv2d, is_exporting
 from .attention import PooledLinear, hidden_channels
-from .base import DynamicConv2d
+from .base import DynamicConv2d, in_range
 
 MIN_HIDDEN_CHANNELS = 4
 
@@ -107,15 +107,19 @@ class DCDConv2d(DynamicConv2d):
 
     def _convolve_each(self, x: Tensor, padding, fusion: Tensor, scale: Tensor) -> Tensor:
         """Convolve each image with its own Lambda W0 + P Phi Q^T."""
-        kernels = scale[:, :, None, None, None] * self.weight
-        if self.fuses_elements:
-            kernels = kernels + (self.p @ fusion @ self.q.T).view_as(kernels)
-        else:
-            q = self.q.view(self.groups, -1, self.p.shape[1])
-            fused = self._expand(fusion) @ q.transpose(1, 2)
-            around = [n for k in reversed(self.kernel_size) for n in (k // 2, k - 1 - k // 2)]
-            kernels = kernels + F.pad(fused.flatten(1, 2)[..., None, None], around)
+        kernels = in_range(self._make_kernels, fusion, scale).to(x.dtype)
         return convolve_images(x, kernels, self.stride, padding, self.dilation, self.groups)
+
+    def _make_kernels(self, fusion: Tensor, scale: Tensor) -> Tensor:
+        """Lambda W0 + P Phi Q^T, (B, Cout, Cin / groups, kh, kw)."""
+        kernels = scale[:, :, None, None, None] * self.weight
+        q = self.q.to(fusion.dtype)
+        if self.fuses_elements:
+            return kernels + (self.p.to(fusion.dtype) @ fusion @ q.T).view_as(kernels)
+        q = q.view(self.groups, -1, self.p.shape[1])
+        fused = self._expand(fusion) @ q.transpose(1, 2)
+        around = [n for k in reversed(self.kernel_size) for n in (k // 2, k - 1 - k // 2)]
+        return kernels + F.pad(fused.flatten(1, 2)[..., None, None], around)
 
     def _add_fused_channels(self, static: Tensor, x: Tensor, fusion: Tensor) -> Tensor:
         """static + P Phi Q^T x, by two thin products on the maps."""
@@ -123,14 +127,16 @@ class DCDConv2d(DynamicConv2d):
         squeeze = self.q.view(groups, -1, latent).transpose(1, 2).reshape(groups * latent, -1, 1, 1)
         z = F.conv2d(self._centres(x, static.shape[2:]), squeeze, None, self.stride, groups=groups)
         pixels = math.prod(static.shape[2:])
+        expanded = in_range(self._expand, fusion).flatten(0, 1).to(static.dtype)
         output = torch.baddbmm(
-            static.reshape(batch * groups, len(self.p) // groups, pixels),
-            self._expand(fusion).flatten(0, 1), z.reshape(batch * groups, latent, pixels))
+            static.reshape(batch * groups, len(self.p) // groups, pixels), expanded,
+            z.reshape(batch * groups, latent, pixels))
         return output.view(static.shape)
 
     def _expand(self, fusion: Tensor) -> Tensor:
         """P Phi, (B, groups, Cout / groups, L)."""
-        return self.p.view(self.groups, -1, self.p.shape[1]) @ fusion[:, None]
+        p = self.p.to(fusion.dtype)
+        return p.view(self.groups, -1, p.shape[1]) @ fusion[:, None]
 
     def _centres(self, x: Tensor, size: Tuple[int, int]) -> Tensor:
         """x cut or padded so that a 1x1 convolution of the stride reads the kernel's centres."""

@@ -254,7 +254,8 @@ class LocalModulation(nn.Module):
 
     def forward(self, average: Tensor) -> Tensor:
         """Average, (B, Cin), to what each tap reads at each channel, (B, T, Cin)."""
-        padded = F.pad(self.norm(average), (self.conv.padding[0], self.conv.padding[0]))
+        average = self.norm(average.to(self.norm.weight.dtype))
+        padded = F.pad(average, (self.conv.padding[0], self.conv.padding[0]))
         return padded.unfold(1, self.conv.kernel_size[0], 1).mT
 
 

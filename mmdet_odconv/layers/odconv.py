@@ -3,6 +3,7 @@
 https://openreview.net/forum?id=DmpCfq6Mg39
 """
 import functools
+import itertools
 import math
 import warnings
 from typing import Dict, Optional, Tuple
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from .attention import PooledLinear, hidden_channels
+from .attention import PooledLinear, hidden_channels, linear
 from .base import DynamicConv2d
 
 MIN_HIDDEN_CHANNELS = 16
@@ -119,7 +120,7 @@ class ODAttention(nn.Module):
             if fc is not None}
         # One product for all heads, and one sigmoid: on maps this small a launch is what costs.
         weights, biases = zip(*((fc.weight, fc.bias) for fc in heads.values()))
-        logits = F.linear(hidden, torch.cat(weights).flatten(1), torch.cat(biases))
+        logits = linear(hidden, torch.cat(weights), torch.cat(biases))
         return (logits if temperature == 1 else logits / temperature,
                 dict(zip(heads, map(len, biases))))
 
@@ -159,6 +160,9 @@ def normalise_pooled(norm: nn.Module, x: Tensor) -> Tensor:
 
     Batch statistics of fewer than two pooled values do not exist: use the running ones.
     """
+    own = next(itertools.chain(norm.parameters(), norm.buffers()), x).dtype
+    if x.dtype == torch.float32 and own == torch.float16:
+        return normalise_pooled(norm, x.to(own)).to(x.dtype)
     if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
         alone = norm.training and len(x) < 2 and not _is_synchronised(norm)
         if alone and len(x) == 1 and not torch.compiler.is_compiling():

@@ -218,7 +218,8 @@ class KWConv2d(DynamicConv2d):
     def convolve(self, x: Tensor, padding, *, cell_attention: Tensor) -> Tensor:
         beta, tau = self.attention.beta, self.warehouse.manager.tau
         attention = cell_attention + tau * (beta - cell_attention)
-        kernels = mix_cells(attention, self.warehouse.cells, self.kernel_shape)
+        cells = self.warehouse.cells
+        kernels = mix_cells(attention.to(cells.dtype), cells, self.kernel_shape)
         output = convolve_images(x, kernels, self.stride, padding, self.dilation, self.groups)
         return output if self.bias is None else output + self.bias.to(output.dtype)[:, None, None]
 

@@ -31,12 +31,13 @@ class Planned(torch.autograd.Function):
     ``dynamic_conv2d`` without its bias, (input, weight, kernel, spatial, channel and filter
     attention, stride, padding, dilation, groups), and returns the output and what else the
     backward pass needs, or None. ``backward`` takes the output's gradient, those tensors, which of
-    the six need a gradient, and the geometry; it returns the six gradients.
+    the six need a gradient, and the geometry; it returns the six gradients. Both are given
+    attentions of the input's dtype, but for a plan that ``takes_any_dtype``.
     """
 
     @staticmethod
     def forward(ctx, plan: ModuleType, *arguments):
-        output, kept = plan.forward(*arguments)
+        output, kept = run_forward(plan, *arguments)
         ctx.save_for_backward(*arguments[:6], kept)
         ctx.plan, ctx.geometry = plan, arguments[6:]
         # The same values, no view to autograd: it refuses to change a Function's views in place.
@@ -49,8 +50,26 @@ class Planned(torch.autograd.Function):
         if torch.is_grad_enabled():
             grads = _differentiable_gradients(ctx, grad, needs)
         else:
-            grads = ctx.plan.backward(grad, ctx.saved_tensors, needs, *ctx.geometry)
+            *tensors, kept = ctx.saved_tensors
+            saved = (*_as_taken(ctx.plan, *tensors), kept)
+            grads = ctx.plan.backward(grad, saved, needs, *ctx.geometry)
         return (None, *grads, None, None, None, None)
+
+
+def run_forward(plan: ModuleType, *arguments) -> Tuple[Tensor, Optional[Tensor]]:
+    """The forward pass of a plan: see :class:`Planned`."""
+    return plan.forward(*_as_taken(plan, *arguments[:6]), *arguments[6:])
+
+
+def _as_taken(plan: ModuleType, input: Tensor, weight: Tensor, *attentions: Optional[Tensor]):
+    if getattr(plan, 'takes_any_dtype', False):
+        return input, weight, *attentions
+    return (input, weight, *in_dtype(input.dtype, *attentions))
+
+
+def in_dtype(dtype: torch.dtype, *tensors: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
+    """Each tensor, or None, in ``dtype``."""
+    return tuple(None if t is None else t.to(dtype) for t in tensors)
 
 
 def _differentiable_gradients(ctx, grad: Tensor, needs) -> Tuple[Optional[Tensor], ...]:

@@ -24,6 +24,7 @@ from .kernels import (
     part,
     row_blocks,
     slices,
+    sum_dtype,
 )
 
 # Images of a block where all do not fit: fewer mean more rows, which multiply faster, but more
@@ -78,7 +79,7 @@ def backward(grad, saved, needs, stride, padding, dilation, groups
     needs_kernels = needs[1] or needs[2] or needs[5] or gate is not None
     grad_f = None
     if unscaled is not None:
-        grad_f = (grad * unscaled).sum(-1)
+        grad_f = (grad * unscaled).sum(-1, dtype=sum_dtype(grad.dtype))
         grad, output_factor, all_f = grad * output_factor, None, None
     gradients = KernelGradients(bank, a, gate, all_f, batch, needs[1])
     grad_columns = torch.empty_like(columns) if needs_columns else None
@@ -98,7 +99,7 @@ def backward(grad, saved, needs, stride, padding, dilation, groups
     grad_weight, grad_a, grad_s, grad_c, folded_grad_f = gradients.of(
         weight, s, c, None if all_f is None else f)
     if column_gate is not None:
-        grad_gate = (grad_columns * raw_columns).sum(-1)
+        grad_gate = (grad_columns * raw_columns).sum(-1, dtype=sum_dtype(grad.dtype))
         grad_s, grad_c = gate_gradients(grad_gate, weight, s, c)
         grad_columns *= column_gate
     grad_input = patches_gradient(grad_columns, input, weight, *geometry) if needs[0] else None

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import blocked, folded, fused, kernels, shared
-from .autograd import Planned, plain_conv2d
+from .autograd import Planned, in_dtype, plain_conv2d, run_forward
 from .convolution import (
     is_pointwise,
     is_traced,
@@ -79,7 +79,7 @@ def dynamic_conv2d(input: Tensor,
     device = input.device.type
     if device != 'meta' and torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-        input, *attentions = (None if t is None else t.to(dtype) for t in (input, *attentions))
+        input, attentions = input.to(dtype), in_dtype(kernels.sum_dtype(dtype), *attentions)
         if plan != 'fused':
             weight = weight.to(dtype)
         with torch.autocast(device, enabled=False):
@@ -98,17 +98,16 @@ _forced_plan: contextvars.ContextVar[Optional[str]] = contextvars.ContextVar('pl
 
 
 def _run(plan: str, *arguments) -> Tensor:
-    if is_exporting():
-        return exported_conv2d(*arguments)
-    if arguments[0].shape[0] == 0:
-        return _empty_batch(*arguments)
+    input, weight, *attentions = arguments[:6]
+    whole = (exported_conv2d if is_exporting() else _empty_batch if input.shape[0] == 0 else
+             grouped_conv2d if plan == 'grouped' else None)
+    if whole is not None:
+        return whole(input, weight, *in_dtype(input.dtype, *attentions), *arguments[6:])
     if plan == 'plain':
         return plain_conv2d(*arguments)
-    if plan == 'grouped':
-        return grouped_conv2d(*arguments)
     if _needs_gradients(*arguments[:6]):
         return Planned.apply(PLANS[plan], *arguments)
-    return PLANS[plan].forward(*arguments)[0]
+    return run_forward(PLANS[plan], *arguments)[0]
 
 
 def _needs_gradients(*tensors: Optional[Tensor]) -> bool:

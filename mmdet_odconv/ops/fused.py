@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .convolution import convolution_gradients, convolve_images
 
+takes_any_dtype = True
+
 
 def forward(input, weight, kernel_attention, spatial_attention, channel_attention,
             filter_attention, *geometry) -> Tuple[Tensor, None]:

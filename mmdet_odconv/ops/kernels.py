@@ -15,11 +15,19 @@ BLOCK_BYTES = 2**22
 ALL = slice(None)
 
 
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of sums over a whole kernel or map, which are out of float16's range when no term is."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
 
 def folded_kernels(input, weight, a, s, c, f, groups: int) -> Tensor:
-    """Kernels of the batch as matrices, (B, groups, Cout / groups, I); differentiable."""
-    bank, gate, row_f = as_matrices(weight.to(input.dtype), s, c, f, groups)
-    return fold(mix(bank, a, input.shape[0]), gate, row_f)
+    """Kernels of the batch as matrices, (B, groups, Cout / groups, I); differentiable.
+
+    Made in the dtype of the attentions, whose gradients are then summed in it.
+    """
+    dtype = next((t.dtype for t in (a, s, c, f) if t is not None), input.dtype)
+    bank, gate, row_f = as_matrices(weight.to(dtype), s, c, f, groups)
+    return fold(mix(bank, a, input.shape[0]), gate, row_f).to(input.dtype)
 
 
 def mix_and_fold(bank: Tensor, a: Optional[Tensor], gate: Optional[Tensor], f: Optional[Tensor],
@@ -110,18 +118,21 @@ class KernelGradients:
     """Gradients of bank, a, s, c and f, gathered from those of the folded kernels, row by row.
 
     With K = f * g * M, where g is the gate and M the mixed kernels: dM = f * g * dK, and f and g
-    have what remains of dK * M summed over the axes that they lack.
+    have what remains of dK * M summed over the axes that they lack. Sums are of ``sum_dtype``.
     """
 
     def __init__(self, bank: Tensor, a: Optional[Tensor], gate: Optional[Tensor],
                  f: Optional[Tensor], batch: int, needs_bank: bool) -> None:
-        self.bank, self.a, self.gate, self.f = bank, a, gate, f
-        self.grad_bank = bank.new_empty(bank.shape) if needs_bank else None
-        self.grad_a = None if a is None else torch.zeros_like(a)
-        self.grad_f = None if f is None else torch.empty_like(f)
+        self.dtype = sum_dtype(bank.dtype)
+        self.bank = bank
+        self.a, self.gate, self.f = (None if t is None else t.to(self.dtype) for t in (a, gate, f))
+        self.grad_bank = bank.new_empty(bank.shape, dtype=self.dtype) if needs_bank else None
+        self.grad_a = None if a is None else torch.zeros_like(self.a)
+        self.grad_f = None if f is None else torch.empty_like(self.f)
         self.grad_gate = None
         if gate is not None:
-            self.grad_gate = bank.new_zeros(batch, bank.shape[1], 1, bank.shape[3])
+            self.grad_gate = bank.new_zeros(batch, bank.shape[1], 1, bank.shape[3],
+                                            dtype=self.dtype)
 
     def add(self, rows: slice, images: slice, grad: Tensor, mixed: Tensor) -> None:
         """Take the gradient of folded rows, (b, groups, r, I), overwritten, and their M.
@@ -129,6 +140,7 @@ class KernelGradients:
         Rows of the bank are begun with image 0 and then added to.
         """
         gate, f = part(self.gate, images), part(self.f, images, rows)
+        grad, mixed = grad.to(self.dtype), mixed.to(self.dtype)
         if gate is not None or f is not None:
             product = grad * mixed
             if f is not None:
@@ -150,7 +162,8 @@ class KernelGradients:
             else:
                 torch.mm(a.mT, grad, out=grad_bank)
         if self.a is not None:
-            part(self.grad_a, images).addmm_(grad, part(self.bank, ALL, rows).flatten(1).mT)
+            bank = part(self.bank, ALL, rows).flatten(1).to(self.dtype)
+            part(self.grad_a, images).addmm_(grad, bank.mT)
 
     def of(self, weight: Tensor, s: Optional[Tensor], c: Optional[Tensor],
            f: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kernels import sum_dtype
+
 
 def forward(input, weight, kernel_attention, spatial_attention, channel_attention,
             filter_attention, *geometry) -> Tuple[Tensor, None]:
@@ -32,13 +34,13 @@ def backward(grad, saved, needs, stride, padding, dilation, groups
     if f is not None:
         # Computed again: kept, it would double the memory that the layer's output takes.
         output = F.conv2d(scaled, kernel, None, stride, padding, dilation, groups)
-        grad_f = (grad * output).sum((2, 3))
+        grad_f = (grad * output).sum((2, 3), dtype=sum_dtype(grad.dtype))
         grad = grad * over_maps(f)
     grad_input, grad_kernel, _ = torch.ops.aten.convolution_backward(
         grad, scaled, kernel, None, stride, padding, dilation, False, [0, 0], groups,
         [needs[0] or c is not None, needs[1], False])
     if c is not None:
-        grad_c = (grad_input * input).sum((2, 3))
+        grad_c = (grad_input * input).sum((2, 3), dtype=sum_dtype(grad.dtype))
         grad_input.mul_(over_maps(c))
     return (grad_input, None if grad_kernel is None else grad_kernel[None], None, None, grad_c,
             grad_f)

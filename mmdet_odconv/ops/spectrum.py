@@ -16,7 +16,6 @@ from .convolution import is_traced
 from .kernels import ALL, BLOCK_BYTES, slices
 
 
-@functools.lru_cache(maxsize=64)
 def frequency_groups(rows: int, columns: int, group_num: int) -> Tensor:
     """Group of each frequency of a real (rows, columns) plane, by its distance from zero.
 
@@ -26,8 +25,15 @@ def frequency_groups(rows: int, columns: int, group_num: int) -> Tensor:
     rows, then columns.
 
     Returns:
-        (rows, columns // 2 + 1), uint8 where that suffices, on the CPU.
+        (rows, columns // 2 + 1), uint8 where that suffices, on the CPU; shared by all callers.
     """
+    if type(torch.empty(0, device='cpu')) is not Tensor:  # a fake one must not be kept
+        return _frequency_groups.__wrapped__(rows, columns, group_num)
+    return _frequency_groups(rows, columns, group_num)
+
+
+@functools.lru_cache(maxsize=64)
+def _frequency_groups(rows: int, columns: int, group_num: int) -> Tensor:
     row, column = (torch.arange(n, device='cpu') for n in (rows, columns // 2 + 1))
     cycles = torch.minimum(row, rows - row)
     distance = (cycles * columns)[:, None]**2 + (column * rows)**2

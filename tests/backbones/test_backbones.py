@@ -371,3 +371,18 @@ def test_se_resnet_keeps_zero_init_residual_and_checkpointing():
     model.train()
     sum(y.sum() for y in model(torch.randn(2, 3, 64, 64, requires_grad=True))).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize(('kind', 'conv_cfg', 'count'), [
+    ('GN', None, 1), ('SyncBN', None, 1), ('BN', None, 0), ('GN', dict(type='CondConv2d'), 0),
+    ('GN', dict(norm_cfg=dict(type='GN')), 0)])
+def test_an_attention_that_keeps_batch_norm_where_the_backbone_has_another_is_said(
+        monkeypatch, kind, conv_cfg, count):
+    said = []
+    monkeypatch.setattr('mmdet_odconv.backbones.dynamic.print_log',
+                        lambda message, logger, level: said.append(message))
+    norm_cfg = dict(type=kind, **dict(num_groups=4) if kind == 'GN' else {})
+    ODResNet(depth=10, base_channels=8, stem_channels=8, norm_cfg=norm_cfg, conv_cfg=conv_cfg)
+    assert len(said) == count
+    assert all(re.search(rf'has norm_cfg type {kind}, .* keeps BatchNorm: conv_cfg=dict\(norm_cfg='
+                         rf"dict\(type='{kind}'\)\)", message) for message in said)

@@ -171,6 +171,19 @@ def test_a_users_mistake_is_answered_by_one_sentence(trained, options, message):
     assert not list((root / 'mistaken').glob('*.pth'))
 
 
+def test_divergence_is_told_to_the_shell(trained):
+    root, _ = trained
+    result = digits.tool(root, 'train.py', digits.CONFIG, '--work-dir', 'diverged', '--cfg-options',
+                         *digits.TINY, 'optim_wrapper.optimizer.lr=1e30', check=False)
+    assert result.returncode == 1
+    assert re.search(r'\nerror: Training diverged at iteration \d, learning rate \S+: \S+ is '
+                     r'(nan|inf); .*(was saved before|last good checkpoint): lower', result.stderr)
+    assert 'Traceback' not in result.stderr
+    for path in (root / 'diverged').glob('*.pth'):
+        state = CheckpointLoader.load_checkpoint(str(path))['state_dict']
+        assert all(value.isfinite().all() for value in state.values())
+
+
 def test_testing_a_checkpoint_of_another_architecture(trained):
     root, _ = trained
     result = digits.tool(root, 'test.py', 'run/' + digits.CONFIG, 'run/epoch_3.pth', '--work-dir',

@@ -460,6 +460,23 @@ def test_a_hotter_attention_is_more_uniform():
 
 
 @every_layer
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+@pytest.mark.parametrize('arguments', [dict(kernel_size=1), dict(kernel_size=3, padding=1)])
+def test_an_image_that_is_not_finite_spoils_itself_alone(cls, arguments, value):
+    """At inference; in training batch statistics carry it on, as those of a static network do."""
+    layer = randomised(cls(8, 8, **arguments)).eval()
+    for size in (3, 16):
+        x = torch.randn(3, 8, size, size)
+        x[1, 0, 0, 0] = value
+        with torch.no_grad():
+            output, alone = layer(x), layer(x[::2])
+        assert not output[1].isfinite().all()
+        torch.testing.assert_close(output[::2], alone)
+    if cls in (DyConv2d, CondConv2d, DCDConv2d):  # no BatchNorm
+        assert layer.train()(x)[::2].isfinite().all()
+
+
+@every_layer
 def test_is_one_operation_to_a_tracer(cls):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), cls(8, 8, 3, padding=1), nn.BatchNorm2d(8)).eval()
     traced = torch.fx.symbolic_trace(model)
@@ -469,12 +486,52 @@ def test_is_one_operation_to_a_tracer(cls):
 
 
 @every_layer
-def test_is_made_without_memory(cls):
-    if cls is not FDConv2d:  # whose groups of frequencies are a real tensor, shared by layers
-        with FakeTensorMode():
-            assert cls(8, 8, 3, padding=1)(torch.randn(2, 8, 9, 9)).shape == (2, 8, 9, 9)
-    with torch.device('meta'):
-        assert cls(8, 8, 3, padding=1)(torch.randn(2, 8, 9, 9)).shape == (2, 8, 9, 9)
+@pytest.mark.parametrize('place', [FakeTensorMode, lambda: torch.device('meta')])
+def test_is_made_without_memory(cls, place):
+    for _ in range(2):
+        with place():
+            layer = cls(8, 8, 3, padding=1)
+            output = layer(torch.randn(2, 8, 9, 9))
+            output.sum().backward()
+        assert output.shape == (2, 8, 9, 9)
+        assert all(parameter.grad is not None for parameter in layer.parameters())
+    assert cls(8, 8, 3, padding=1)(torch.randn(2, 8, 9, 9)).isfinite().all()  # none is left behind
+
+
+@every_layer
+def test_scripting_is_refused_with_the_way_to_go(cls):
+    sentence = rf'{cls.__name__} cannot be scripted, .*: use torch\.jit\.trace or torch\.export'
+    with pytest.raises(NotImplementedError, match=sentence):
+        torch.jit.script(nn.Sequential(cls(8, 8, 3)))
+
+
+@pytest.mark.parametrize('way', ['autocast', 'half'])
+@pytest.mark.parametrize(('size', 'arguments'), [
+    (32, dict(kernel_size=3, padding=1)), (4, dict(kernel_size=3, padding=1)),
+    (64, dict(kernel_size=1))])
+@every_layer
+def test_float16_holds_gradients_where_it_holds_those_of_static_layers(cls, size, arguments, way):
+    scale = 8 if cls is FDConv2d else 256  # its gates are on maps, too
+
+    def gradients(layer, dtype=torch.float32):
+        torch.manual_seed(1)
+        x, grad = torch.randn(2, 2, 64, size, size)
+        x = x.to(dtype).requires_grad_()
+        with torch.autocast('cpu', torch.float16, way == 'autocast' and dtype == torch.float32):
+            output = layer(x)
+        output.backward((scale * (0.1 + grad / 10)).to(output.dtype))
+        return [x.grad, *(parameter.grad for parameter in layer.parameters())]
+
+    dtype = torch.float16 if way == 'half' else torch.float32
+    static = gradients(nn.Conv2d(64, 64, **arguments, bias=False).to(dtype), dtype)
+    assert all(grad.isfinite().all() for grad in static)
+    layer = randomised(cls(64, 64, **arguments, bias=False)).eval()
+    expected = gradients(copy.deepcopy(layer).double(), torch.float64)
+    for grad, exact in zip(gradients(layer.to(dtype), dtype), expected):
+        if exact.abs().max() < torch.finfo(torch.float16).max:
+            assert grad.isfinite().all()
+            if grad.numel() > 1:  # a single number may be a difference of large ones
+                assert (grad - exact).abs().max() <= 0.1 * exact.abs().max()
 
 
 @every_layer
