@@ -6,9 +6,11 @@ A plan is chosen by the time that it would take,
 
 and none of the constants is written down from one machine: they are measured the first time that
 a device computes in a dtype, in about 0.2 s, and kept in the user's cache directory, so that
-later processes on the machine choose alike. ``MMDET_ODCONV_MACHINE`` in the environment says
-otherwise: ``nominal`` measures nothing and takes :data:`NOMINAL`; the name of a file has the
-constants read from it, or measured and written to it where it is not there yet.
+later processes on the machine choose alike. A CPU that other work is pulling at is not measured:
+what it seemed to do would be kept long after that work has ended, so :data:`NOMINAL` stands for
+it, and the next process looks again. ``MMDET_ODCONV_MACHINE`` in the environment says otherwise:
+``nominal`` measures nothing and takes :data:`NOMINAL`; the name of a file has the constants read
+from it, or measured and written to it where it is not there yet.
 
     python -m mmdet_odconv.ops    # measure anew, print and save
 """
@@ -26,10 +28,18 @@ from typing import Callable, Dict, Optional
 import torch
 import torch.nn.functional as F
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 VARIABLE = 'MMDET_ODCONV_MACHINE'
 # What makes one processor compute like another: part of a measurement's name.
 INSTRUCTION_SETS = ('ATEN_CPU_CAPABILITY', 'MKL_ENABLE_INSTRUCTIONS', 'ONEDNN_MAX_CPU_ISA')
 TRIES, CALLS = 3, 10  # tiny calls, to be told apart from a clock's
+# Times a second that a busy machine takes the processor from a thread that wants to go on: an idle
+# one does so a few times, one with as many other processes as cores about 500 times.
+MOST_PREEMPTIONS = 200
 
 
 @dataclass(frozen=True)
@@ -87,12 +97,21 @@ def _kept(device: torch.device, dtype: torch.dtype, threads: int, deterministic:
     key = describe(device, dtype)
     kept = read(path)
     if key not in kept:
+        start, preempted = time.perf_counter(), preemptions()
         measured = measure(device, dtype)
+        rate = (preemptions() - preempted) / (time.perf_counter() - start)
+        if device.type == 'cpu' and rate > MOST_PREEMPTIONS:
+            return NOMINAL
         kept = read(path)  # of two processes that measure at once, both take what the first wrote
         if key not in kept:
             kept[key] = measured
             save(kept, path)
     return kept[key]
+
+
+def preemptions() -> int:
+    """How often the processor was taken from a thread of this process; 0 where none is counted."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource else 0
 
 
 def cache_file() -> Path:

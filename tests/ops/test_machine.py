@@ -13,7 +13,8 @@ CPU = torch.device('cpu')
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
-    """Nothing measured, nothing kept."""
+    """Nothing measured, nothing kept, and nobody else at work."""
+    monkeypatch.setattr(machines, 'preemptions', lambda: 0)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     monkeypatch.delenv(VARIABLE, raising=False)
     machines._kept.cache_clear()
@@ -35,6 +36,16 @@ def test_measured_once_and_kept_for_later_processes(monkeypatch):
     assert machine(CPU, torch.float32) == first and len(calls) == 1
     machine(CPU, torch.float64)
     assert len(calls) == 2 and len(read(machines.cache_file())) == 2
+
+
+def test_a_busy_cpu_is_not_measured_for_good(monkeypatch):
+    counts = iter(range(0, 10**9, 10**6))
+    with monkeypatch.context() as patch:
+        patch.setattr(machines, 'preemptions', lambda: next(counts))
+        assert machine(CPU, torch.float32) == NOMINAL
+    assert not machines.cache_file().exists()
+    machines._kept.cache_clear()  # the next process, when the other work has ended
+    assert machine(CPU, torch.float32) != NOMINAL and machines.cache_file().exists()
 
 
 def test_other_instruction_sets_are_another_machine(monkeypatch):
