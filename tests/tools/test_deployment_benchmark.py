@@ -41,6 +41,14 @@ def test_the_command(config, monkeypatch, capsys):
     assert said.count('eager') == said.count('onnxruntime') == said.count('dynamic') == 2
 
 
+def test_openvino_answers_the_same(config):
+    pytest.importorskip('openvino')
+    models = timing.counterparts(Config.fromfile(config), 'backbone')
+    rows = timing.time_formats(models, torch.randn(1, 3, 64, 96), ['openvino'], rounds=1)
+    assert [row['model'] for row in rows] == ['static', 'dynamic']
+    assert max(row['error'] for row in rows) < 1e-4
+
+
 def test_a_wrong_answer_is_told(config, monkeypatch):
     monkeypatch.setattr(timing, 'Runtime', lambda path, kind: lambda x: [torch.zeros(1, 8, 16, 16)])
     models = timing.counterparts(Config.fromfile(config), 'backbone')
