@@ -93,7 +93,7 @@ lint: env  ## ruff
 docs: env  ## the documentation, into build/docs; warnings are errors
 	$(PIP) -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
-	@echo 'Open build/docs/index.html'
+	@echo 'Read it, and search it, offline: python3 -m http.server -d build/docs'
 
 clean:  ## what tests and builds leave
 	rm -rf build dist *.egg-info work_dirs/test .pytest_cache .ruff_cache .hypothesis

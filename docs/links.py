@@ -37,3 +37,11 @@ def on_page_markdown(markdown, page, **_):
         return name if text.strip('`') in (inside.as_posix(), inside.name) else f'{text} ({name})'
 
     return re.sub(r'\[([^\]]*)\]\(([^)\s]+)\)', rewrite, markdown)
+
+
+def on_page_content(html, **_):
+    """Docstrings have Sphinx's roles, which other tools read too; here they are code."""
+    html = re.sub(r':[a-z]+:(?=<code>)', '', html)
+    return re.sub(r'<p>\.\. math::\s*(.+?)</p>', lambda found: (
+        f'<pre><code>{found.group(1)}</code></pre>'.replace('\\,', ' ').replace('\\sum', 'sum')),
+        html, flags=re.DOTALL)
