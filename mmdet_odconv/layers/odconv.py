@@ -3,7 +3,6 @@
 https://openreview.net/forum?id=DmpCfq6Mg39
 """
 import functools
-import itertools
 import math
 import warnings
 from typing import Dict, Optional, Tuple
@@ -160,9 +159,9 @@ def normalise_pooled(norm: nn.Module, x: Tensor) -> Tensor:
 
     Batch statistics of fewer than two pooled values do not exist: use the running ones.
     """
-    own = next(itertools.chain(norm.parameters(), norm.buffers()), x).dtype
-    if x.dtype == torch.float32 and own == torch.float16:
-        return normalise_pooled(norm, x.to(own)).to(x.dtype)
+    own = x if norm.weight is None else norm.weight
+    if x.dtype == torch.float32 and own.dtype == torch.float16:
+        return normalise_pooled(norm, x.half()).float()
     if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
         alone = norm.training and len(x) < 2 and not _is_synchronised(norm)
         if alone and len(x) == 1 and not torch.compiler.is_compiling():
