@@ -139,7 +139,8 @@ def test_the_wheel_trains_by_bare_config_name_from_anywhere(tmp_path):
 
 
 def test_files_that_the_documents_name_exist():
-    theirs = {'my_config.py', 'my.py', 'dynamic.py', 'fd.py', 'main.py'}  # the reader's, the release's
+    # The reader's own, and the release's.
+    theirs = {'my_config.py', 'my.py', 'dynamic.py', 'fd.py', 'main.py'}
     ours = {path.name for path in (*ROOT.glob('*.*'), *ROOT.glob('[a-z]*/**/*.*'))}
     for document in (ROOT / 'README.md', ROOT / 'CHANGELOG.md', *ROOT.glob('configs/*/README.md'),
                      *ROOT.glob('docs/**/*.md')):
