@@ -139,7 +139,7 @@ def test_the_wheel_trains_by_bare_config_name_from_anywhere(tmp_path):
 
 
 def test_files_that_the_documents_name_exist():
-    # The reader's own, and a release's.
+    # The reader's own, and the release's.
     theirs = {'my_config.py', 'my.py', 'dynamic.py', 'fd.py', 'main.py'}
     ours = {path.name for path in (*ROOT.glob('*.*'), *ROOT.glob('[a-z]*/**/*.*'))}
     for document in (ROOT / 'README.md', ROOT / 'CHANGELOG.md', *ROOT.glob('configs/*/README.md'),

@@ -2,7 +2,6 @@
 from pathlib import Path
 from typing import Optional
 
-from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 
 from ..checkpoints import read_weights
@@ -26,19 +25,10 @@ def config_path(name: str) -> str:
 def allow_base_configs() -> None:
     """Let ``_base_ = 'mmdet_odconv::odconv/NAME.py'`` name a config of the plugin.
 
-    MMEngine knows the packages of OpenMMLab alone, by a table, and would look up what an inherited
-    config names in a scope of its package, where the plugin registers in those of others.
+    MMEngine knows the packages of OpenMMLab alone, by a table. What such a config names it looks up
+    in the scope that :mod:`mmdet_odconv.registry` makes.
     """
-    if 'mmdet_odconv' in MODULE2PACKAGE:
-        return
     MODULE2PACKAGE['mmdet_odconv'] = 'mmdet_odconv'
-    find = Config._get_cfg_path
-
-    def find_without_scope(cfg_path, filename):
-        path, scope = find(cfg_path, filename)
-        return path, None if scope == 'mmdet_odconv' else scope
-
-    Config._get_cfg_path = staticmethod(find_without_scope)
 
 
 def detect(inputs: str, config: str, weights: str, out_dir: str, score: float = 0.3,
