@@ -22,8 +22,15 @@ def find_config(name: str) -> Path:
 
 
 def find_tools() -> Dict[str, Path]:
-    """Path of each of the plugin's tools, by the name that the command line gives it."""
-    return {path.stem.replace('_', '-'): path.resolve() for path in sorted(TOOLS.rglob('*.py'))}
+    """Path of each of the plugin's tools, by the name that the command line gives it.
+
+    Of two that are called alike, the later one's is told by its folder: ``deployment-benchmark``.
+    """
+    tools: Dict[str, Path] = {}
+    for path in sorted(TOOLS.rglob('*.py')):
+        name = path.stem.replace('_', '-')
+        tools[f'{path.parent.name}-{name}' if name in tools else name] = path.resolve()
+    return tools
 
 
 def nearest(name: str, known: Iterable[str], otherwise: str) -> str:

@@ -64,3 +64,11 @@ def test_the_tool_runs_in_the_place_of_the_command(tmp_path):
         env={**os.environ, 'PYTHONPATH': str(ROOT)})
     assert result.returncode == 0, result.stderr
     assert len(list((tmp_path / 'data/train').iterdir())) == 2
+
+
+def test_every_tool_has_a_name_of_its_own():
+    tools = find_tools()
+    assert {path.relative_to(ROOT / 'tools') for path in tools.values()} == {
+        path.relative_to(ROOT / 'tools') for path in (ROOT / 'tools').rglob('*.py')}
+    assert tools['benchmark'].parent.name == 'analysis_tools'
+    assert tools['deployment-benchmark'].parent.name == 'deployment'
