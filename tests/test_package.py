@@ -148,6 +148,7 @@ def test_files_that_the_documents_name_exist():
         for link in re.findall(r'\]\((?!https?:|#)([^)#]+)', text):
             assert (document.parent / link).exists(), f'{document}: {link}'
         named = re.sub(r'\S*\{.*\}\S*', '', text)  # the shell's alternatives
+        named = re.sub(r'\[[^\]]*\]\(https?:[^)]*\)', '', named)  # files of others, on the web
         for script in re.findall(r'(?<![\w*])(?:tools|configs|tests)/[\w./-]+\.py\b', named):
             assert (ROOT / script).is_file(), f'{document}: {script}'
         names = {Path(name).name for name in re.findall(r'[\w./-]+\.py\b', named)}

@@ -159,8 +159,8 @@ def normalise_pooled(norm: nn.Module, x: Tensor) -> Tensor:
 
     Batch statistics of fewer than two pooled values do not exist: use the running ones.
     """
-    own = x if norm.weight is None else norm.weight
-    if x.dtype == torch.float32 and own.dtype == torch.float16:
+    scale = getattr(norm, 'weight', None)  # a norm that is folded has none
+    if scale is not None and x.dtype == torch.float32 and scale.dtype == torch.float16:
         return normalise_pooled(norm, x.half()).float()
     if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
         alone = norm.training and len(x) < 2 and not _is_synchronised(norm)
