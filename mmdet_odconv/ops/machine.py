@@ -37,8 +37,8 @@ VARIABLE = 'MMDET_ODCONV_MACHINE'
 # What makes one processor compute like another: part of a measurement's name.
 INSTRUCTION_SETS = ('ATEN_CPU_CAPABILITY', 'MKL_ENABLE_INSTRUCTIONS', 'ONEDNN_MAX_CPU_ISA')
 TRIES, CALLS = 3, 10  # tiny calls, to be told apart from a clock's
-# Times a second that the processor is taken from a thread that wants to go on. On 2 cores, some tens
-# were counted while nothing else ran, and about 200 to 350 beside other jobs.
+# Times a second that the processor is taken from a thread that wants to go on. On 2 cores, some
+# tens were counted while nothing else ran, and about 200 to 350 beside other jobs.
 MOST_PREEMPTIONS = 200
 
 
