@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .convolution import convolve_images
-from .kernels import folded_kernels
+from .kernels import folded_kernels, in_dtype
 
 
 def as_in_forward(backward: Callable) -> Callable:
@@ -65,11 +65,6 @@ def _as_taken(plan: ModuleType, input: Tensor, weight: Tensor, *attentions: Opti
     if getattr(plan, 'takes_any_dtype', False):
         return input, weight, *attentions
     return (input, weight, *in_dtype(input.dtype, *attentions))
-
-
-def in_dtype(dtype: torch.dtype, *tensors: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
-    """Each tensor, or None, in ``dtype``."""
-    return tuple(None if t is None else t.to(dtype) for t in tensors)
 
 
 def _differentiable_gradients(ctx, grad: Tensor, needs) -> Tuple[Optional[Tensor], ...]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import blocked, folded, fused, kernels, shared
-from .autograd import Planned, in_dtype, plain_conv2d, run_forward
+from .autograd import Planned, plain_conv2d, run_forward
 from .convolution import (
     is_pointwise,
     is_traced,
@@ -79,7 +79,7 @@ def dynamic_conv2d(input: Tensor,
     device = input.device.type
     if device != 'meta' and torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-        input, attentions = input.to(dtype), in_dtype(kernels.sum_dtype(dtype), *attentions)
+        input, attentions = input.to(dtype), kernels.in_dtype(kernels.sum_dtype(dtype), *attentions)
         if plan != 'fused':
             weight = weight.to(dtype)
         with torch.autocast(device, enabled=False):
@@ -102,7 +102,7 @@ def _run(plan: str, *arguments) -> Tensor:
     whole = (exported_conv2d if is_exporting() else _empty_batch if input.shape[0] == 0 else
              grouped_conv2d if plan == 'grouped' else None)
     if whole is not None:
-        return whole(input, weight, *in_dtype(input.dtype, *attentions), *arguments[6:])
+        return whole(input, weight, *kernels.in_dtype(input.dtype, *attentions), *arguments[6:])
     if plan == 'plain':
         return plain_conv2d(*arguments)
     if _needs_gradients(*arguments[:6]):

@@ -20,6 +20,11 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def in_dtype(dtype: torch.dtype, *tensors: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
+    """Each tensor, or None, in ``dtype``."""
+    return tuple(None if t is None else t.to(dtype) for t in tensors)
+
+
 def folded_kernels(input, weight, a, s, c, f, groups: int) -> Tensor:
     """Kernels of the batch as matrices, (B, groups, Cout / groups, I); differentiable.
 
@@ -125,7 +130,7 @@ class KernelGradients:
                  f: Optional[Tensor], batch: int, needs_bank: bool) -> None:
         self.dtype = sum_dtype(bank.dtype)
         self.bank = bank
-        self.a, self.gate, self.f = (None if t is None else t.to(self.dtype) for t in (a, gate, f))
+        self.a, self.gate, self.f = in_dtype(self.dtype, a, gate, f)
         self.grad_bank = bank.new_empty(bank.shape, dtype=self.dtype) if needs_bank else None
         self.grad_a = None if a is None else torch.zeros_like(self.a)
         self.grad_f = None if f is None else torch.empty_like(self.f)
