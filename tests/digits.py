@@ -1,7 +1,8 @@
 """A digits dataset and a detector small enough for tests, for whatever needs a real run."""
 import subprocess
-import sys
 from pathlib import Path
+
+import warm
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,8 +24,7 @@ def make(root: Path) -> None:
 
 def tool(root: Path, name: str, *args: str, check: bool = True) -> subprocess.CompletedProcess:
     """Run a script of tools/ in root."""
-    result = subprocess.run([sys.executable, str(ROOT / 'tools' / name), *map(str, args)], cwd=root,
-                            capture_output=True, text=True)
+    result = warm.run(ROOT / 'tools' / name, *args, cwd=root)
     if check and result.returncode:
         raise AssertionError(result.stdout[-3000:] + result.stderr[-3000:])
     return result

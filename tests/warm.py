@@ -1,0 +1,66 @@
+"""Runs scripts in processes forked from one that has imported what they all import.
+
+Importing torch, mmcv and mmdet takes longer than most of what the tests ask of a script, so it is
+done once. The plugin is not imported before the fork: a script finds the process as Python leaves
+it to whoever has imported MMDetection.
+"""
+import atexit
+import functools
+import json
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+def run(script: Path, *args: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Run a script as ``python script args`` would, in ``cwd`` and with this environment."""
+    with tempfile.TemporaryFile('w+') as out, tempfile.TemporaryFile('w+') as err:
+        request = dict(script=str(script), args=[str(arg) for arg in args], cwd=str(cwd),
+                       environment=dict(os.environ),
+                       outputs=[f'/proc/{os.getpid()}/fd/{file.fileno()}' for file in (out, err)])
+        server = start()
+        print(json.dumps(request), file=server.stdin, flush=True)
+        status = int(server.stdout.readline())
+        for file in (out, err):
+            file.seek(0)
+        return subprocess.CompletedProcess(request['args'], status, out.read(), err.read())
+
+
+@functools.cache
+def start() -> subprocess.Popen:
+    server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, text=True)
+    atexit.register(server.communicate)  # it ends when its input does
+    return server
+
+
+def serve() -> None:
+    import matplotlib.pyplot  # noqa: F401
+    import mmcv.ops  # noqa: F401
+    import mmdet.apis  # noqa: F401
+    import pycocotools.coco  # noqa: F401
+    for line in sys.stdin:
+        request = json.loads(line)
+        child = os.fork()
+        if not child:
+            become(**request)
+            return
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def become(script, args, cwd, environment, outputs) -> None:
+    for descriptor, path in zip((0, 1, 2), (os.devnull, *outputs)):
+        os.dup2(os.open(path, os.O_RDWR), descriptor)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [script, *args]
+    sys.path[0] = str(Path(script).parent)
+    runpy.run_path(script, run_name='__main__')
+
+
+if __name__ == '__main__':
+    serve()
