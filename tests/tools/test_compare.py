@@ -61,6 +61,12 @@ def test_runs_are_compared_once_and_a_failed_one_stops_none(root):
     # An interrupted one, after its checkpoint and before its result, goes on from there.
     interrupted = root / 'out/tiny_od-r18-k1_seed0_2iterations'
     (interrupted / 'result.json').unlink()
+    # And each seed's own detector can be fine-tuned.
+    start = 'out/tiny_r18_seed{seed}_2iterations/iter_2.pth'
+    configs = 'tiny_r18.py', 'tiny_od-r18-k1.py', f'tiny_r18.py,load_from={start}'
+    assert compare(root, *configs, '--seeds', '1').returncode == 0
+    log = next((root / 'out').glob('*load_from*')) / 'log.txt'
+    assert f'Load checkpoint from {start.format(seed=1)}' in log.read_text()
     assert compare(root, 'tiny_r18.py', 'tiny_od-r18-k1.py').returncode == 0
     assert json.loads((root / 'out/compare.json').read_text())['rows'][0]['map'] == 0.75
     log = (interrupted / 'log.txt').read_text()

@@ -4,9 +4,10 @@
     python compare.py --redraw docs/results/NAME
 
 Each config is a path or the bare name of one of the plugin's, with options of its own after
-commas: ``faster-rcnn_od-r18-k1_fpn_digits.py,model.backbone.init=he``. Data, iterations, optimiser
-and schedule are equal, whatever a config says of them: a linear warm-up, a constant rate and, in
-the second half, a cosine. Where a config anneals its attention, it does so over the first third.
+commas: ``faster-rcnn_od-r18-k1_fpn_digits.py,model.backbone.init=he``. ``{seed}`` in an option is
+the run's: ``load_from=static_{seed}.pth`` fine-tunes each seed's own detector. Data, iterations and
+schedule are equal, whatever a config says of them: a linear warm-up, a constant rate and, in the
+second half, a cosine. Where a config anneals its attention, it does so over the first third.
 
 The first config is what the others are compared with: differences are paired by seed, with 95%
 intervals (Student's t), at equal iterations and, with --equal-time, also at equal training time:
@@ -80,11 +81,14 @@ class Entry:
         self.path = Path(name) if Path(name).is_file() else find_config(name)
         self.options = {key: parse(value) for key, _, value in (o.partition('=') for o in options)}
         self.name = ','.join([self.path.stem, *(
-            f'{key.rpartition(".")[2]}={value}' for key, value in self.options.items())])
+            f'{key.rpartition(".")[2]}={str(value).rpartition("/")[2]}'
+            for key, value in self.options.items())])
 
-    def read(self, batch_size=None):
+    def read(self, batch_size=None, seed=0):
         config = read_config(self.path)
-        config.merge_from_dict(self.options)
+        config.merge_from_dict({
+            key: value.replace('{seed}', str(seed)) if isinstance(value, str) else value
+            for key, value in self.options.items()})
         if batch_size:
             config.train_dataloader.batch_size = batch_size
         return config
@@ -150,7 +154,7 @@ def run_entry(entry, seed, iterations, stats, args, budget='iterations'):
     record = {'config': entry.name, 'place': entry.place, 'options': entry.options, 'seed': seed,
               'budget': budget, 'iterations': iterations}
     try:
-        config = entry.read(args.batch_size)
+        config = entry.read(args.batch_size, seed)
         root = args.data or Path(config.data_root)
         images = use_data(config, root)
         equal_budget(config, iterations, seed, images['train'], args.evaluations)
