@@ -87,8 +87,9 @@ test-fast: env  ## ops, a layer, the command line and the documents, under two m
 soak: env  ## training runs killed and resumed, their bits compared [MINUTES=10]
 	$(BIN)/python tests/soak.py --minutes $(MINUTES)
 
-lint: env  ## ruff
+lint: env  ## ruff, and mypy on the types
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 docs: env  ## the documentation, into build/docs; warnings are errors
 	$(PIP) -e '.[docs]'
@@ -96,4 +97,4 @@ docs: env  ## the documentation, into build/docs; warnings are errors
 	@echo 'Read it, and search it, offline: python3 -m http.server -d build/docs'
 
 clean:  ## what tests and builds leave
-	rm -rf build dist *.egg-info work_dirs/test .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info work_dirs/test .pytest_cache .mypy_cache .ruff_cache .hypothesis
