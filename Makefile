@@ -7,9 +7,13 @@ TORCH ?= torch==2.13.0
 ifeq ($(STACK),onedl)
 VENV ?= .venv-onedl
 REQUIREMENTS := requirements/onedl.txt
+MIM := onedl-mim==0.5.1
+EXTRAS := quickstart,tests,deploy
 else
 VENV ?= .venv
 REQUIREMENTS := requirements/mminstall.txt
+MIM := openmim
+EXTRAS := quickstart,tests,deploy,imagenet
 endif
 MMCV := $(shell grep mmcv $(REQUIREMENTS))
 BIN := $(VENV)/bin
@@ -40,8 +44,8 @@ $(VENV)/ready: setup.py pyproject.toml $(wildcard requirements/*.txt)
 	  { echo 'error: mmcv was not built: see docs/troubleshooting.md'; exit 1; }; }
 	@echo 'Installing mmengine, mmdet and what tests and tools need, about two minutes'
 	$(PIP) -r $(REQUIREMENTS) 'setuptools<81'  # mim imports its pkg_resources
-	$(PIP) -e '.[quickstart,tests,imagenet,deploy]'
-	$(PIP) --no-deps openmim  # its dependencies would replace setuptools, rich and more
+	$(PIP) -e '.[$(EXTRAS)]'
+	$(PIP) --no-deps $(MIM)  # its dependencies would replace setuptools, rich and more
 	$(PIP) click colorama model-index pandas requests rich tabulate
 # opencv-python, which mmcv asks for, needs libGL and X11 of the system; headless does without.
 	@$(BIN)/python -c 'import cv2' 2>/dev/null || { $(BIN)/python -m pip uninstall -qy opencv-python; \
@@ -49,7 +53,7 @@ $(VENV)/ready: setup.py pyproject.toml $(wildcard requirements/*.txt)
 	$(BIN)/python -c 'import mmdet_odconv'
 # Left out on purpose: what mim would fetch data sets with pins old releases of setuptools and rich.
 	@$(BIN)/python -m pip --disable-pip-version-check check | \
-	  grep -vE '^No broken|openmim .* requires opendatalab|requires opencv-python,' || true
+	  grep -vE '^No broken|mim .* (requires opendatalab|has requirement pandas)|requires opencv-python,' || true
 	@touch $@; echo 'The environment is ready.'
 
 quickstart: env  ## data, training, COCO evaluation, pictures [MODEL=mask]
@@ -87,8 +91,9 @@ test-fast: env  ## ops, a layer, the command line and the documents, under two m
 soak: env  ## training runs killed and resumed, their bits compared [MINUTES=10]
 	$(BIN)/python tests/soak.py --minutes $(MINUTES)
 
-lint: env  ## ruff
+lint: env  ## ruff, and mypy on the types
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 docs: env  ## the documentation, into build/docs; warnings are errors
 	$(PIP) -e '.[docs]'
@@ -96,4 +101,4 @@ docs: env  ## the documentation, into build/docs; warnings are errors
 	@echo 'Read it, and search it, offline: python3 -m http.server -d build/docs'
 
 clean:  ## what tests and builds leave
-	rm -rf build dist *.egg-info work_dirs/test .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info work_dirs/test .pytest_cache .mypy_cache .ruff_cache .hypothesis

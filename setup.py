@@ -24,7 +24,8 @@ class EditableWheel(editable_wheel):
 
     mim looks beside the package metadata that it comes upon first on sys.path. A modern editable
     install keeps metadata in site-packages, far from the code, so this one puts the checkout,
-    where setuptools leaves metadata too, ahead of site-packages.
+    where setuptools leaves metadata too, ahead of site-packages. onedl-mim looks where the first
+    file that the metadata lists is, or else where openmim does: so they list none.
     """
 
     def run(self):
@@ -34,6 +35,7 @@ class EditableWheel(editable_wheel):
                 archive.writestr(
                     'mmdet_odconv_checkout.pth', 'import sys; sys.path.insert(sys.path.index('
                     f"sys._getframe(1).f_locals['sitedir']), {str(HERE)!r})\n")
+        (HERE / 'mmdet_odconv.egg-info/SOURCES.txt').unlink(missing_ok=True)
 
 
 setup(

@@ -6,7 +6,7 @@ import contextlib
 import sys
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Iterator, Sequence
+from typing import Any, Dict, Iterator, Sequence
 
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ def _torchvision() -> Iterator[None]:
     that no config here uses. Within the context, and there alone, modules stand for it that are
     empty but for what importing it asks of them.
     """
-    modules = {}
+    modules: Dict[str, Any] = {}
     if 'torchvision' not in sys.modules and find_spec('torchvision') is None:
         parts = ('transforms', 'transforms.functional', 'transforms.transforms', 'ops',
                  'ops.boxes')

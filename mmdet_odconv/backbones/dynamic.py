@@ -1,9 +1,10 @@
 """The one decision that makes a static backbone dynamic: which of its convolutions are."""
 import logging
 import re
-from typing import List, Optional
+from typing import Any, Dict, List, Optional
 
 from mmengine.logging import print_log
+from mmengine.model import BaseModule
 from torch import nn
 
 from ..checkpoints import read_published_names
@@ -12,7 +13,7 @@ from ..layers import DynamicConv2d, replace_convs
 from ..layers.odconv import NORM_TYPES
 
 
-class DynamicBackbone:
+class DynamicBackbone(BaseModule):
     """Mixin put before a backbone of MMDetection; the subclass names its dynamic convolutions.
 
     Released weights load as they are, by any loader: see ``checkpoints/published.py``.
@@ -34,7 +35,7 @@ class DynamicBackbone:
         ValueError: if ``conv_cfg`` names no dynamic convolution, or one without these arguments.
     """
 
-    dynamic_conv_cfg = dict(type='ODConv2d')
+    dynamic_conv_cfg: Dict[str, Any] = dict(type='ODConv2d')
     dynamic_convs: str
     frozen_except: Optional[str] = None
 

@@ -34,7 +34,7 @@ class WarehouseBackbone(DynamicBackbone):
     """
 
     dynamic_conv_cfg = dict(type=KWConv2d)
-    budgets = BUDGETS
+    budgets: Tuple[str, ...] = BUDGETS
 
     def __init__(self, *args, budget: str = '1x', conv_cfg: Optional[dict] = None,
                  **kwargs) -> None:
@@ -50,12 +50,12 @@ class WarehouseBackbone(DynamicBackbone):
     def make_dynamic(self, pattern: str, conv_cfg: dict) -> List[str]:
         budget = float(fractions.Fraction(conv_cfg.pop('budget').rstrip('x')))
         conv_cfg = {**self.attention_cfg(budget), **conv_cfg}
-        shared: Dict[Hashable, List[str]] = {}
+        shared: Dict[Tuple[Hashable, float], List[str]] = {}
         for name, module in self.named_modules():
             if type(module) is nn.Conv2d and re.fullmatch(pattern, name):
-                warehouse = self.warehouse_of(name, budget)
-                if warehouse is not None:
-                    shared.setdefault(warehouse, []).append(name)
+                key = self.warehouse_of(name, budget)
+                if key is not None:
+                    shared.setdefault(key, []).append(name)
         manager = WarehouseManager()
         for (_, its_budget), names in shared.items():
             shapes = [self.get_submodule(name).weight.shape for name in names]

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from importlib.util import find_spec
-from typing import Iterator, Mapping, Optional, Tuple
+from typing import Any, Iterator, Mapping, Optional, Tuple
 
 import torch
 from mmengine.logging import print_log
@@ -44,7 +44,9 @@ def check_contents(checkpoint: dict, filename: str, on_meta: bool = False) -> No
     _check_tensors(checkpoint, filename, on_meta)
     for path in CONFIGS:
         holder, name = _holder(checkpoint, path)
-        reason = None if holder is None else _why_not_literal(holder[name])
+        if holder is None:
+            continue
+        reason = _why_not_literal(holder[name])
         if reason is not None:
             del holder[name]
             print_log(f'The config in {filename} ({path}) was left out, because it {reason}; '
@@ -56,11 +58,12 @@ def check_contents(checkpoint: dict, filename: str, on_meta: bool = False) -> No
 def _holder(checkpoint: dict, path: str) -> Tuple[Optional[dict], str]:
     """The dict of ``checkpoint`` that has the last name of ``path``, and that name; or None."""
     *parents, name = path.split('.')
+    holder: Any = checkpoint
     for parent in parents:
-        checkpoint = checkpoint.get(parent)
-        if not isinstance(checkpoint, Mapping):
+        holder = holder.get(parent)
+        if not isinstance(holder, Mapping):
             return None, name
-    return (checkpoint if name in checkpoint else None), name
+    return (holder if name in holder else None), name
 
 
 def _check_types(checkpoint: dict, filename: str) -> None:
@@ -139,7 +142,7 @@ class _DictCalls(ast.NodeTransformer):
         names = [keyword.arg for keyword in node.keywords]
         if not (isinstance(node.func, ast.Name) and node.func.id == 'dict') or node.args:
             return node
-        return ast.Dict(keys=[name and ast.Constant(name) for name in names],
+        return ast.Dict(keys=[ast.Constant(name) if name else None for name in names],
                         values=[keyword.value for keyword in node.keywords])
 
 
@@ -151,7 +154,9 @@ def _why_not_literal(text) -> Optional[str]:
         if '{{' in text:  # MMEngine puts other text in its place
             raise ValueError
         for statement in ast.parse(text).body:
-            target, = statement.targets if isinstance(statement, ast.Assign) else ()
+            if not isinstance(statement, ast.Assign):
+                raise ValueError
+            target, = statement.targets
             if not isinstance(target, ast.Name) or target.id in ('_base_', 'dict'):
                 raise ValueError
             value = ast.literal_eval(_DictCalls().visit(statement.value))

@@ -4,6 +4,7 @@ import re
 from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Union
 
 from mmengine.logging import print_log
+from mmengine.model import BaseModule
 from mmengine.model.weight_init import PretrainedInit, update_init_info
 from mmengine.registry import WEIGHT_INITIALIZERS
 from torch import Tensor, nn
@@ -51,19 +52,19 @@ def to_dynamic(model: nn.Module,
             if ``conv_cfg`` names no dynamic convolution, or if a convolution has hooks or shares
             its weight with another. ``model`` is then as it was.
     """
-    include = _compile(include)
+    included = _compile(include)
     spares_stem = exclude is None
-    exclude = _compile(STATIC if exclude is None else exclude)
-    names: Dict[nn.Module, List[str]] = {}
+    excluded = _compile(STATIC if exclude is None else exclude)
+    names: Dict[nn.Conv2d, List[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if type(module) is nn.Conv2d and name:
             names.setdefault(module, []).append(name)
 
-    def matches(patterns: List[re.Pattern], conv: nn.Module) -> bool:
+    def matches(patterns: List[re.Pattern], conv: nn.Conv2d) -> bool:
         return any(pattern.fullmatch(name) for pattern in patterns for name in names[conv])
 
     chosen = {name for conv in names for name in names[conv]
-              if matches(include, conv) and not matches(exclude, conv)
+              if matches(included, conv) and not matches(excluded, conv)
               and not (spares_stem and conv.in_channels <= IMAGE_CHANNELS)}
     if not chosen:
         found = few([name for of_conv in names.values() for name in of_conv]) or 'it has none'
@@ -160,7 +161,7 @@ class StaticPretrainedInit(PretrainedInit):
     In a list of initialisers it comes last, since MMEngine applies them in turn.
     """
 
-    def __call__(self, module: nn.Module) -> None:
+    def __call__(self, module: BaseModule) -> None:
         # MMEngine initialises children last, but for its own Pretrained: not over these weights.
         for child in module.children():
             if hasattr(child, 'init_weights') and not getattr(child, 'is_init', False):

@@ -83,10 +83,10 @@ def _weights_only(load: Callable[..., dict]) -> Callable[..., dict]:
             found = re.search(r'GLOBAL (.+?) was not', str(error))
             if not found and not (is_local and _is_pickle(filename)):
                 raise _unreadable(filename) from error
-            found = found.group(1) if found else 'more than weights'
+            held = found.group(1) if found else 'more than weights'
             raise InputError(
                 f'Checkpoint {filename} was refused, and nothing in it was run, because it holds '
-                f'{found}, where tensors, plain Python values and MMEngine logs were expected: '
+                f'{held}, where tensors, plain Python values and MMEngine logs were expected: '
                 'if you trust it, save its weights alone, torch.save({"state_dict": ...}), and '
                 'give that file.') from error
         except Exception as error:  # damage comes out as whatever the bytes happen to mean

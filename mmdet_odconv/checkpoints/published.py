@@ -11,7 +11,8 @@ from typing import Dict, List, Mapping, Optional, Tuple
 
 import torch
 from mmengine.logging import print_log
-from torch import Tensor, nn
+from mmengine.model import BaseModule
+from torch import Tensor
 
 from ..errors import InputError
 from ..layers import DynamicConv2d
@@ -66,9 +67,10 @@ def convert_published(state: Mapping[str, Tensor]) -> Tuple[Dict[str, Tensor], L
     """
     state = strip_prefix(state, 'module.')
     prefix = 'backbone.' if any(name.startswith('backbone.') for name in state) else ''
-    converted, left_out = {}, []
+    converted: Dict[str, Tensor] = {}
+    left_out: List[str] = []
     for name, tensor in state.items():
-        ours = name
+        ours: Optional[str] = name
         if name.startswith(prefix):
             ours = our_name(name[len(prefix):])
             ours = None if ours is None else prefix + ours
@@ -93,7 +95,7 @@ def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> Dict[str, Tensor]:
             for name, tensor in state.items()}
 
 
-def read_published_names(backbone: nn.Module) -> None:
+def read_published_names(backbone: BaseModule) -> None:
     """Let ``backbone`` load released weights as they are, by whichever loader they come.
 
     Raises (when weights are loaded):
@@ -102,9 +104,9 @@ def read_published_names(backbone: nn.Module) -> None:
     backbone._register_load_state_dict_pre_hook(_rename, with_module=True)
 
 
-def _rename(backbone: nn.Module, state: Dict[str, Tensor], prefix: str, *_) -> None:
+def _rename(backbone: BaseModule, state: Dict[str, Tensor], prefix: str, *_) -> None:
     """Put our names in place of the released ones in ``state``, which torch loads from next."""
-    theirs = {name[len(prefix):]: state.pop(name) for name in list(state)
+    theirs: Mapping[str, Tensor] = {name[len(prefix):]: state.pop(name) for name in list(state)
               if name.startswith(prefix)}
     if not theirs:
         return

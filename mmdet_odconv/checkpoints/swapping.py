@@ -2,7 +2,7 @@
 import copy
 import inspect
 from pathlib import Path
-from typing import Dict, Iterator, Optional, Tuple
+from typing import Any, Dict, Iterator, Optional, Tuple
 
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
@@ -195,8 +195,9 @@ def dynamic_config(config: Config, base: str, changes: dict, load_from: Optional
     imports = config.get('custom_imports') or dict(imports=[], allow_failed_imports=False)
     imports = dict(imports, imports=[*imports['imports'], 'mmdet_odconv'])
     hooks = [hook.to_dict() for hook in config.get('custom_hooks') or []]
-    given = dict(custom_imports=imports, custom_hooks=[*hooks, dict(type='InputCheckHook')],
-                 model=_replacing(changes, config.model))
+    given: Dict[str, Any] = dict(
+        custom_imports=imports, custom_hooks=[*hooks, dict(type='InputCheckHook')],
+        model=_replacing(changes, config.model))
     if load_from is not None:
         given['load_from'] = str(load_from)
         if config.get('resume'):

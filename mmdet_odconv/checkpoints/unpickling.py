@@ -10,7 +10,7 @@ import math
 import pickle
 import re
 import threading
-from typing import Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, Optional
 from unittest import mock
 
 import numpy as np
@@ -104,7 +104,7 @@ class _Skipped:
         pass
 
 
-ATTRIBUTES = {
+ATTRIBUTES: Dict[type, Dict[str, Any]] = {
     _History: {name: getattr(HistoryBuffer, name) for name in ('min', 'max', 'mean', 'current')},
     _OneCycle: {name: getattr(OneCycleParamScheduler, name)
                 for name in ('_annealing_cos', '_annealing_linear')},

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 from typing import Dict, List, Tuple
 
 import torch
+from mmdet.models import BaseDetector
 from mmdet.structures.bbox import bbox_overlaps
 from mmengine.config import Config
 from mmengine.runner import Runner
@@ -45,7 +46,7 @@ class Spread:
 
 
 @torch.no_grad()
-def record_attentions(model: nn.Module, config: Config, limit: int
+def record_attentions(model: BaseDetector, config: Config, limit: int
                       ) -> Tuple[List[Image], Dict[str, Tensor]]:
     """Run a detector on its config's test set and keep each layer's kernel attention.
 
@@ -118,7 +119,8 @@ def most_and_least_alike(attentions: Dict[str, Tensor]) -> Tuple[Tuple[int, int]
     distances = torch.cdist(vectors, vectors)
     first, second = torch.triu_indices(len(vectors), len(vectors), 1)
     pairs = distances[first, second]
-    return tuple((int(first[i]), int(second[i])) for i in (pairs.argmin(), pairs.argmax()))
+    nearest, farthest = ((int(first[i]), int(second[i])) for i in (pairs.argmin(), pairs.argmax()))
+    return nearest, farthest
 
 
 @dataclass

@@ -4,12 +4,14 @@ It computes what the detector's own ``predict`` does for one image, without its 
 without branches on values, so that a graph drawn on one image is right for every other. Only
 detectors that are known to predict so are taken; any other is refused by the name of the part.
 """
-from typing import List, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from mmcv.ops import RoIAlign
 from mmdet.models import (
+    BaseDetector,
+    BaseRoIHead,
     BBoxHead,
     CascadeRoIHead,
     FCNMaskHead,
@@ -59,7 +61,7 @@ class TensorDetector(nn.Module):
         ValueError: if the model is in training mode.
     """
 
-    def __init__(self, model: nn.Module, normalize: bool = False) -> None:
+    def __init__(self, model: BaseDetector, normalize: bool = False) -> None:
         super().__init__()
         if any(module.training for module in model.modules() if list(module.children())):
             raise ValueError('The detector is in training mode: call model.eval() first.')
@@ -130,7 +132,7 @@ class TensorDetector(nn.Module):
         return F.pad(image, (0, right, 0, below), value=self.model.data_preprocessor.pad_value)
 
     @staticmethod
-    def _detect_densely(head: nn.Module, maps: Tuple[Tensor, ...],
+    def _detect_densely(head: BaseDenseHead, maps: Tuple[Tensor, ...],
                         limit: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         """Detections of a dense head; of an RPN, the labels are levels."""
         outputs = head(maps)
@@ -186,30 +188,29 @@ class TensorDetector(nn.Module):
         return select_classes(scores, decoded, head.test_cfg)
 
     def _pooled(self, extractor: SingleRoIExtractor, maps: Tuple[Tensor, ...], rois: Tensor,
-                head: nn.Module) -> Tensor:
+                head: BaseRoIHead) -> Tensor:
         """Features of each region from its level of the pyramid, in the regions' order."""
         maps = maps[:extractor.num_inputs]
         levels = extractor.map_roi_levels(rois, len(maps))
-        order, pooled = [], []
+        inside, pooled = [], []
         for i, (level, layer) in enumerate(zip(maps, extractor.roi_layers)):
-            inside = (levels == i).nonzero()[:, 0]
-            order.append(inside)
-            pooled.append(roi_align(level, rois[inside], *layer.output_size, layer.spatial_scale,
+            inside.append((levels == i).nonzero()[:, 0])
+            pooled.append(roi_align(level, rois[inside[i]], *layer.output_size, layer.spatial_scale,
                                     layer.sampling_ratio, layer.aligned))
-        order = torch.cat(order)
+        order = torch.cat(inside)
         position = torch.zeros_like(order).scatter(0, order, torch.arange(
             order.shape[0], device=order.device))
         features = torch.cat(pooled)[position]
         return head.shared_head(features) if head.with_shared_head else features
 
-    def _masks(self, head: nn.Module, maps: Tuple[Tensor, ...], boxes: Tensor,
+    def _masks(self, head: BaseRoIHead, maps: Tuple[Tensor, ...], boxes: Tensor,
                labels: Tensor) -> Tensor:
         rois = as_rois(boxes)
         if not isinstance(head, CascadeRoIHead):
             return self._masks_of(head.mask_head, head.mask_roi_extractor, maps, rois, labels, head)
         stages = [self._masks_of(mask_head, extractor, maps, rois, labels, head)
                   for mask_head, extractor in zip(head.mask_head, head.mask_roi_extractor)]
-        return sum(stages) / len(stages)
+        return sum(stages[1:], stages[0]) / len(stages)
 
     def _masks_of(self, mask_head, extractor, maps, rois, labels, head) -> Tensor:
         logits = mask_head(self._pooled(extractor, maps, rois, head))
@@ -230,7 +231,7 @@ def as_rois(boxes: Tensor) -> Tensor:
 
 def top(scores: Tensor, most: int) -> Tuple[Tensor, Tensor]:
     """The highest of (N,) scores, by falling score, and their indices; all if ``most`` <= 0."""
-    number = shape_as_tensor(scores)[0] if torch.jit.is_tracing() else scores.shape[0]
+    number: Any = shape_as_tensor(scores)[0] if torch.jit.is_tracing() else scores.shape[0]
     if most > 0:
         number = torch.clamp(number, max=most) if torch.jit.is_tracing() else min(number, most)
     return scores.topk(number)
@@ -289,7 +290,7 @@ def _check(part: str, module: nn.Module) -> None:
                      f'cannot be exported: expected one that does as {" or ".join(expected)}.')
 
 
-def _check_head(part: str, head: nn.Module) -> None:
+def _check_head(part: str, head: BaseDenseHead) -> None:
     _check(part, head)
     if getattr(head.loss_cls, 'custom_cls_channels', False):
         raise InputError(f'The {part} has {type(head.loss_cls).__name__}, whose own activation '
@@ -304,7 +305,7 @@ def _check_nms(part: str, cfg) -> None:
                          "exported: expected dict(type='nms', iou_threshold=...).")
 
 
-def _check_roi_head(head: nn.Module) -> None:
+def _check_roi_head(head: BaseRoIHead) -> None:
     _check('roi_head', head)
     _check_nms('roi_head', head.test_cfg)
     is_cascade = isinstance(head, CascadeRoIHead)

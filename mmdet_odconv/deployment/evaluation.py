@@ -4,9 +4,10 @@ import time
 from typing import Dict, List, Tuple
 
 import torch
-from mmdet.models import FCNMaskHead
+from mmdet.models import BaseDetector, FCNMaskHead
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
+from mmengine.model import BaseDataPreprocessor
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from .export import Runtime
 class Timed(nn.Module):
     """Measures a detector, by calls of its ``test_step``."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: BaseDetector) -> None:
         super().__init__()
         self.model = model
         self.seconds, self.images = 0.0, 0
@@ -40,8 +41,8 @@ class ExportedDetector(nn.Module):
         mask_threshold: probability from which a pixel belongs to a mask.
     """
 
-    def __init__(self, runtime: Runtime, data_preprocessor: nn.Module, normalize: bool = False,
-                 mask_threshold: float = 0.5) -> None:
+    def __init__(self, runtime: Runtime, data_preprocessor: BaseDataPreprocessor,
+                 normalize: bool = False, mask_threshold: float = 0.5) -> None:
         super().__init__()
         self.runtime, self.normalize = runtime, normalize
         self.data_preprocessor = copy.deepcopy(data_preprocessor)

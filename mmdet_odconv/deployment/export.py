@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from mmcv.transforms import Compose
+from mmdet.models import BaseDetector
 from mmengine.config import Config
 from mmengine.registry import DATASETS
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ MIN_HALVED = 64  # elements, from which a cast is worth its node
 BOX_TOLERANCE, SCORE_TOLERANCE = 0.1, 1e-3
 
 
-def load_detector(config: Config, checkpoint: str) -> Tuple[nn.Module, Sequence[str]]:
+def load_detector(config: Config, checkpoint: str) -> Tuple[BaseDetector, Sequence[str]]:
     """The detector of a config with the weights of a checkpoint, for inference, and its classes.
 
     Raises:
@@ -163,7 +164,7 @@ class Runtime:
 
 
 def compare(detector: TensorDetector, runtime: Runtime,
-            images: Sequence[Tensor]) -> List[Dict[str, float]]:
+            images: Sequence[Tensor]) -> List[dict]:
     """How far a file is from its detector on each image: detections, px, score, mask.
 
     Raises:
@@ -198,7 +199,7 @@ def compare(detector: TensorDetector, runtime: Runtime,
     return found
 
 
-def preprocessing(config: Config, model: nn.Module, normalize: bool,
+def preprocessing(config: Config, model: BaseDetector, normalize: bool,
                   classes: Sequence[str]) -> dict:
     """What is to be done to an image before the file, and what comes out, for a JSON file."""
     steps = [step for step in config.get('test_pipeline') or [] if step['type'] in (
@@ -226,7 +227,7 @@ def write_preprocessing(described: dict, path: Path, force: bool) -> None:
         temporary.write_text(json.dumps(described, indent=2) + '\n')
 
 
-def example_images(config: Config, model: nn.Module, normalize: bool,
+def example_images(config: Config, model: BaseDetector, normalize: bool,
                    files: Sequence[str]) -> List[Tensor]:
     """Images of two sizes as an exported file takes them.
 

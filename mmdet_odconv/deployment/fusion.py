@@ -1,7 +1,7 @@
 """Norms folded into the convolutions before them, dynamic and static."""
 import collections
 import copy
-from typing import Iterator, Tuple
+from typing import Any, Iterator, Tuple
 
 import torch
 from mmcv.cnn import ConvModule
@@ -25,6 +25,8 @@ class Folded(nn.Identity):
 
 class Shift(nn.Module):
     """What remains of a norm whose scale its convolution does: a constant for each channel."""
+
+    shift: Tensor
 
     def __init__(self, shift: Tensor) -> None:
         super().__init__()
@@ -88,14 +90,14 @@ class FusionHook(Hook):
         setattr(*self.place, self.original)
 
 
-def _pairs(module: nn.Module) -> Iterator[Tuple[nn.Module, str, nn.Module]]:
+def _pairs(module: nn.Module) -> Iterator[Tuple[Any, str, Any]]:
     """Convolutions among a module's children, each with the name of its BatchNorm, and that."""
     if isinstance(module, nn.ModuleList):
         return  # whose children are not called in turn
     if isinstance(module, ConvModule) and module.order.index('norm') != module.order.index(
             'conv') + 1:
         return
-    before = None
+    before: Any = None
     for name, child in module.named_children():
         if (isinstance(child, _BatchNorm) and child.track_running_stats
                 and child.running_mean is not None and _takes_norm(before)
@@ -107,14 +109,14 @@ def _pairs(module: nn.Module) -> Iterator[Tuple[nn.Module, str, nn.Module]]:
 
 def _takes_norm(module) -> bool:
     return type(module) in STATIC or isinstance(module, PooledLinear) or (
-        isinstance(module, DynamicConv2d) and module.filters)
+        isinstance(module, DynamicConv2d) and bool(module.filters))
 
 
 def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or 'forward' in vars(module))
 
 
-def _fold(conv: nn.Module, norm: nn.Module) -> nn.Module:
+def _fold(conv: Any, norm: Any) -> nn.Module:
     """Do as ``conv`` what ``norm`` does; what is to be put in the norm's place."""
     # In double precision: each weight is then rounded once.
     scale = (norm.running_var.double() + norm.eps).rsqrt()
@@ -127,7 +129,7 @@ def _fold(conv: nn.Module, norm: nn.Module) -> nn.Module:
         filters = getattr(conv, name)
         _replace(conv, name, filters * scale[(..., ) + (None, ) * axes])
     mixes = getattr(conv, 'mixes_bias', False)
-    bias = 0 if conv.bias is None else conv.bias * scale
+    bias: Any = 0 if conv.bias is None else conv.bias * scale
     if mixes and conv.attention.gate != 'softmax':
         if conv.bias is not None:
             _replace(conv, 'bias', bias)
@@ -138,7 +140,7 @@ def _fold(conv: nn.Module, norm: nn.Module) -> nn.Module:
     return Folded()
 
 
-def _replace(module: nn.Module, name: str, value: Tensor) -> None:
+def _replace(module: Any, name: str, value: Tensor) -> None:
     """A new parameter, because others may be tied to the one before."""
     setattr(module, name, nn.Parameter(
         value.to(module.weight), requires_grad=module.weight.requires_grad))

@@ -59,9 +59,9 @@ def write_page(path: Path, title: str, images: List[Image], attentions: Dict[str
             parts += [f'<h2>The two images that all layers treat {how} alike</h2>',
                       *(_picture(images[i], classes, score) for i in pair)]
     parts += ['<h2>Detections</h2>', *(_picture(image, classes, score) for image in images[:most])]
-    for kind, found in mistakes(images, list(classes), score).items():
-        parts += [f'<h2>{kind.capitalize()}: {len(found)}</h2>', *(
-            _picture(images[one.image], classes, None, one) for one in found[:most])]
+    for kind, worst in mistakes(images, list(classes), score).items():
+        parts += [f'<h2>{kind.capitalize()}: {len(worst)}</h2>', *(
+            _picture(images[one.image], classes, None, one) for one in worst[:most])]
     if curves is not None:
         parts += ['<h2>Training</h2>', _img(curves.read_bytes(), 'image/png')]
     path.write_text(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>'
@@ -86,10 +86,10 @@ def _picture(image: Image, classes: Sequence[str], score: Optional[float], mista
         draw(box, GREEN)
     if mistake is not None:
         draw(mistake.box, RED, mistake.text)
-    else:
+    elif score is not None:
         for i in (image.found_scores >= score).nonzero()[:, 0]:
             draw(image.found_boxes[i], ORANGE,
-                 f'{classes[image.found_labels[i]]} {image.found_scores[i]:.2f}')
+                 f'{classes[int(image.found_labels[i])]} {image.found_scores[i]:.2f}')
     caption = Path(image.path).name + ('' if mistake is None else f': {mistake.text}')
     encoded = cv2.imencode('.jpg', pixels)[1].tobytes()
     return (f'<figure>{_img(encoded, "image/jpeg")}<figcaption>{html.escape(caption)}'

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Callable, Dict, List, Sequence, Tuple
 
 import torch
+from mmdet.models import BaseDetector
 from mmengine.config import Config
 from torch import Tensor, nn
 
@@ -41,7 +42,7 @@ def counterparts(config: Config, part: str) -> Dict[str, nn.Module]:
         if isinstance(module, nn.Conv2d):  # so that maps neither vanish nor overflow
             nn.init.kaiming_normal_(module.weight, nonlinearity='relu')
     load_static(dynamic, static.state_dict())
-    models = dict(static=fuse(static.eval()), dynamic=fuse(dynamic.eval()))
+    models: Dict[str, BaseDetector] = dict(static=fuse(static.eval()), dynamic=fuse(dynamic.eval()))
     return {name: model.backbone if part == 'backbone' else TensorDetector(model)
             for name, model in models.items()}
 
@@ -63,7 +64,8 @@ def time_formats(models: Dict[str, nn.Module], image: Tensor, formats: Sequence[
     Raises:
         InputError: if a format's runtime is not installed, or answers something else.
     """
-    rows, runs = [], []
+    rows: List[dict] = []
+    runs: List[Callable] = []
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for name, model in models.items():
             expected = model(image)

@@ -2,7 +2,7 @@
 import contextlib
 import os
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 from mmengine.dist import all_gather_object, get_rank, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
@@ -63,11 +63,14 @@ class SafeCheckpointHook(CheckpointHook):
         DivergenceError: with iteration, learning rate and the first tensor that is not finite.
     """
 
+    backend_args: Optional[dict]
+    file_backend: Any
+
     def __init__(self, *args, nonfinite_losses: Optional[int] = 20, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.divergence = DivergenceCheck(nonfinite_losses)
         self._states: Optional[List[Dict[str, Any]]] = None  # to save, or that were saved
-        self._before_validation: Optional[Dict[str, Any]] = None
+        self._before_validation: Any = None  # a random_state()
         self._replaced: List[str] = []
 
     def before_run(self, runner: Runner) -> None:
@@ -199,7 +202,8 @@ class _Deferring:
     """A file backend of which what it is asked to remove is kept in ``due``."""
 
     def __init__(self, backend) -> None:
-        self._backend, self.due = backend, []
+        self._backend = backend
+        self.due: List[Tuple[Callable, str]] = []
 
     def __getattr__(self, name: str):
         return getattr(self._backend, name)

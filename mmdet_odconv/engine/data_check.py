@@ -214,7 +214,11 @@ def _numbers(values, length: int) -> List[float]:
 
 def _repeated(ids: list) -> List[bool]:
     seen: set = set()
-    return [identity in seen or seen.add(identity) is not None for identity in map(str, ids)]
+    repeated = []
+    for identity in map(str, ids):
+        repeated.append(identity in seen)
+        seen.add(identity)
+    return repeated
 
 
 def _leaves(dataset: CocoDataset, name) -> bool:
@@ -240,7 +244,8 @@ def _fault_of_mask(annotation: dict, image: Optional[dict]) -> Optional[str]:
     if not mask or image is None:
         return None
     if isinstance(mask, list):
-        points = [np.asarray(polygon) if isinstance(polygon, list) else None for polygon in mask]
+        points: list = [np.asarray(polygon) if isinstance(polygon, list) else None
+                        for polygon in mask]
         if not all(polygon is not None and (polygon.size == 0 or polygon.dtype.kind in 'iuf')
                    and polygon.ndim == 1 and np.isfinite(polygon).all() for polygon in points):
             return 'damaged'
@@ -289,7 +294,7 @@ def check_images(dataset) -> None:
                 'is about.')
 
 
-def unreadable(path: str, error: Optional[Exception] = None) -> str:
+def unreadable(path: str, error: Optional[BaseException] = None) -> str:
     """A sentence for an image that could not be read."""
     if isinstance(error, FileNotFoundError):
         return (f'Image {path} does not exist: set data_root and data_prefix of the dataset in '

@@ -186,15 +186,17 @@ def _read_voc(root: Path, ids: Iterable[str]) -> list:
             tree = ElementTree.parse(path).getroot()
             objects = []
             for found in tree.iter('object'):
-                left, top, right, bottom = (float(found.findtext(f'bndbox/{corner}'))
-                                            for corner in ('xmin', 'ymin', 'xmax', 'ymax'))
+                left, top, right, bottom = (
+                    float(found.findtext(f'bndbox/{corner}'))  # type: ignore[arg-type]  # caught
+                    for corner in ('xmin', 'ymin', 'xmax', 'ymax'))
                 left, top = max(left - 1, 0), max(top - 1, 0)
                 objects.append((found.findtext('name'), [left, top, right - left, bottom - top],
                                 int(found.findtext('difficult') or 0)))
             name = Path(tree.findtext('filename') or '').name
             if not name or not (root / 'JPEGImages' / name).is_file():
                 name = f'{identity}.jpg'  # copies of a data set often keep another's names
-            width, height = (int(tree.findtext(f'size/{side}')) for side in ('width', 'height'))
+            width, height = (int(tree.findtext(f'size/{side}'))  # type: ignore[arg-type]  # caught
+                             for side in ('width', 'height'))
         except (OSError, ElementTree.ParseError, TypeError, ValueError) as error:
             raise InputError(f'{path} could not be read as a Pascal VOC annotation ({error}): mend '
                              'it, or take it out of ImageSets/Main.') from error

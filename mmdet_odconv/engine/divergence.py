@@ -1,5 +1,5 @@
 """Noticing that training has diverged, before a checkpoint says so for good."""
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, FrozenSet, Iterator, Optional
 
 import torch
 from mmengine.runner import Runner
@@ -24,7 +24,7 @@ class DivergenceCheck:
         self.iteration = 0
         self.since: Optional[str] = None  # the first of them, in words
         self.count = 0
-        self.expected = frozenset()
+        self.expected: FrozenSet[str] = frozenset()
 
     def begin(self, model: nn.Module) -> None:
         """Take note of tensors that are not finite by design, such as a mask of -inf."""

@@ -152,7 +152,7 @@ def _explain_argument(error: BaseException) -> Optional[str]:
         if built is None:
             return None
         known = {name for base in built.__mro__
-                 for name in inspect.signature(base.__init__).parameters}
+                 for name in inspect.signature(base.__init__).parameters}  # type: ignore[misc]
         hint = nearest(argument, sorted(known - {'self', 'args', 'kwargs'}),
                        'take it out of the config')
         return f'{built.__name__} takes no argument {argument}: {hint}'

@@ -9,7 +9,7 @@ from ..errors import InputError
 try:
     import fcntl
 except ImportError:  # not on Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 NAME = '.lock'
 _held: Dict[Path, IO[str]] = {}

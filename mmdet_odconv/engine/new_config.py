@@ -183,8 +183,8 @@ def _text(config: Config, base: str, data: Path, folders: Dict[str, Tuple[str, s
 def _heads(before, after, path: str) -> str:
     """Source of what differs between two configs of a model; empty if nothing does."""
     if isinstance(before, dict):
-        changes = {key: _heads(before[key], after[key], f'{path}.{key}') for key in before}
-        changes = [f'{key}={source}' for key, source in changes.items() if source]
+        sources = {key: _heads(before[key], after[key], f'{path}.{key}') for key in before}
+        changes = [f'{key}={source}' for key, source in sources.items() if source]
         return f'dict({", ".join(changes)})' if changes else ''
     if isinstance(before, (list, tuple)) and before != after:
         # What MMEngine inherits it merges by key, and a list has none.

@@ -13,7 +13,8 @@ def random_state() -> Dict[str, Any]:
 
     Tensors and plain values only, so that a checkpoint with it is read with weights_only on.
     """
-    kind, keys, *rest = np.random.get_state()
+    generator: Any = np.random.get_state()
+    kind, keys, *rest = generator
     return dict(
         python=random.getstate(),
         numpy=(kind, torch.from_numpy(keys.astype(np.int64)), *rest),
@@ -50,7 +51,7 @@ def restart_workers(dataloader: DataLoader) -> None:
 def _seed_worker(worker_id: int, rank: int, init_fn: Optional[Callable[[int], None]]) -> None:
     if init_fn is not None:
         init_fn(worker_id)
-    info = get_worker_info()
+    info: Any = get_worker_info()  # None outside of a worker
     seed = info.seed + rank * info.num_workers
     random.seed(seed)
     np.random.seed(seed % 2**32)

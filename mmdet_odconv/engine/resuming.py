@@ -32,18 +32,18 @@ def newest_whole(work_dir: Path, out_dir: Path,
     """
     pointer = work_dir / POINTER
     named = pointer.read_text().strip() if pointer.is_file() else ''
-    files = sorted((path for path in out_dir.glob(template.format('*'))
-                    if step(path, template) is not None),
-                   key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    steps = {path: number for path in out_dir.glob(template.format('*'))
+             if (number := step(path, template)) is not None}
+    files = sorted(steps, key=lambda path: path.stat().st_mtime_ns, reverse=True)
     if named:
         target = Path(named)
         if not target.exists() and (out_dir / target.name).exists():
             target = out_dir / target.name  # the directory was moved
         last = step(target, template)
-        later = [path for path in files if last is not None and step(path, template) > last
+        later = [path for path in files if last is not None and steps[path] > last
                  and path.stat().st_mtime_ns > pointer.stat().st_mtime_ns]
         files = [*later, target, *(path for path in files if path not in (*later, target))]
-    passed = []
+    passed: List[str] = []
     for path in files:
         fault = damage(path)
         if fault is None:

@@ -1,5 +1,5 @@
 """What the attentions of several layers are made of."""
-from typing import Dict, Optional
+from typing import Any, Dict, Optional
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +61,26 @@ def hidden_channels(in_channels: int, reduction: float, at_least: int) -> int:
     return max(int(in_channels * reduction), at_least)
 
 
-class KernelAttention(nn.Module):
+class Attention(nn.Module):
+    """What a layer calls with its input's average, (B, Cin), and its temperature."""
+
+    def reset_parameters(self) -> None:
+        """As when constructed, each of its layers by its own rule."""
+        reset_children(self)
+
+    def reset_to_constant(self) -> float:
+        """Answer every input alike; return how often the bank's mean is then in the mixture."""
+        raise NotImplementedError
+
+
+def reset_children(module: nn.Module) -> None:
+    """Initialise each child of ``module`` by its own rule."""
+    child: Any  # of whose methods nn.Module says nothing
+    for child in module.children():
+        child.reset_parameters()
+
+
+class KernelAttention(Attention):
     """Attention over the kernels of a bank and nothing else, from the input's average.
 
     (fc -> ReLU ->) kernel_fc -> gate, where DyConv and CondConv differ in the hidden layer
@@ -82,11 +101,6 @@ class KernelAttention(nn.Module):
             self.fc = PooledLinear(in_channels, hidden_channels)
         self.kernel_fc = PooledLinear(hidden_channels or in_channels, kernel_num)
         self.gate = gate
-
-    def reset_parameters(self) -> None:
-        """As when constructed, each of its layers by its own rule."""
-        for module in self.children():
-            module.reset_parameters()
 
     def reset_to_constant(self) -> float:
         """Answer every input alike; return how often the bank's mean is in the mixture."""

@@ -1,5 +1,5 @@
 """What every dynamic convolution layer shares: geometry, bank, initialisation, forward."""
-from typing import Callable, Container, Dict, Optional, Tuple, Union
+from typing import Callable, Collection, Dict, Literal, Optional, Tuple, TypeVar, Union
 
 import torch
 import torch.fx
@@ -8,11 +8,15 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..ops import dynamic_conv2d, with_average
+from ..ops.convolution import pair
 from ..ops.dynamic_conv import Size2d
+from .attention import Attention
 
 # Standard deviation of what sets the kernels of an inflated bank apart, relative to each weight.
 PERTURBATION = 0.1
 INITS = ('zero', 'he')
+PaddingMode = Literal['zeros', 'reflect', 'replicate', 'circular']
+Module = TypeVar('Module', bound=nn.Module)
 
 
 class DynamicConv2d(nn.Module):
@@ -40,6 +44,8 @@ class DynamicConv2d(nn.Module):
         ValueError: if an argument is out of range.
     """
 
+    attention: Attention
+
     # What mmcv's ConvModule reads from any convolution that it wraps.
     transposed = False
     output_padding = (0, 0)
@@ -58,7 +64,7 @@ class DynamicConv2d(nn.Module):
                  dilation: Size2d = 1,
                  groups: int = 1,
                  bias: bool = True,
-                 padding_mode: str = 'zeros',
+                 padding_mode: PaddingMode = 'zeros',
                  device=None,
                  dtype=None,
                  *,
@@ -78,10 +84,10 @@ class DynamicConv2d(nn.Module):
                          False, padding_mode, device='meta')
         self.in_channels = conv.in_channels
         self.out_channels = conv.out_channels
-        self.kernel_size = conv.kernel_size
-        self.stride = conv.stride
+        self.kernel_size = pair(conv.kernel_size)
+        self.stride = pair(conv.stride)
         self.padding = conv.padding
-        self.dilation = conv.dilation
+        self.dilation = pair(conv.dilation)
         self.groups = conv.groups
         self.padding_mode = conv.padding_mode
         self._pad_widths = conv._reversed_padding_repeated_twice
@@ -116,7 +122,7 @@ class DynamicConv2d(nn.Module):
         self.weight = nn.Parameter(
             torch.empty(self.kernel_num, *self.kernel_shape, device=device, dtype=dtype))
 
-    def _set_attention(self, attention: nn.Module, device, dtype) -> None:
+    def _set_attention(self, attention: Attention, device, dtype) -> None:
         """Take this attention, fresh from its constructor."""
         self.attention = placed(attention, device, dtype)
         self._begin()
@@ -236,7 +242,7 @@ class DynamicConv2d(nn.Module):
         x, average = with_average(x)
         attentions = in_range(self.attend, average)
         x = self.modulate(x)
-        padding = self.padding
+        padding: Union[str, int, Tuple[int, ...]] = self.padding
         if self.padding_mode != 'zeros':
             x = F.pad(x, self._pad_widths, mode=self.padding_mode)
             padding = 0
@@ -260,7 +266,7 @@ class DynamicConv2d(nn.Module):
             output = output + bias.to(output.dtype)[:, :, None, None]
         return output
 
-    def elementwise_madds(self, x: Tensor, output: Tensor, attentions: Container[str]
+    def elementwise_madds(self, x: Tensor, output: Tensor, attentions: Collection[str]
                           ) -> Tuple[int, int]:
         """Multiply-adds that the published formulation does outside of convolutions and products.
 
@@ -314,7 +320,7 @@ def in_range(function: Callable, tensor: Tensor, *others: Tensor):
         return function(tensor, *others)
 
 
-def placed(module: nn.Module, device, dtype) -> nn.Module:
+def placed(module: Module, device, dtype) -> Module:
     """``module`` on a device in a dtype; untouched, as a fake one must be, if neither is given."""
     return module if device is dtype is None else module.to(device=device, dtype=dtype)
 

@@ -5,7 +5,7 @@ https://arxiv.org/abs/1904.04971
 from mmengine.registry import MODELS
 
 from .attention import KernelAttention
-from .base import DynamicConv2d
+from .base import DynamicConv2d, PaddingMode
 
 
 @MODELS.register_module()
@@ -36,7 +36,7 @@ class CondConv2d(DynamicConv2d):
                  dilation=1,
                  groups: int = 1,
                  bias: bool = True,
-                 padding_mode: str = 'zeros',
+                 padding_mode: PaddingMode = 'zeros',
                  device=None,
                  dtype=None,
                  *,

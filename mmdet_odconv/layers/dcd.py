@@ -3,7 +3,7 @@
 https://arxiv.org/abs/2103.08756
 """
 import math
-from typing import Dict, Tuple
+from typing import Dict, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,8 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..ops import convolve_images, dynamic_conv2d, is_exporting
-from .attention import PooledLinear, hidden_channels
-from .base import DynamicConv2d, in_range
+from .attention import Attention, PooledLinear, hidden_channels
+from .base import DynamicConv2d, PaddingMode, in_range
 
 MIN_HIDDEN_CHANNELS = 4
 
@@ -56,7 +56,7 @@ class DCDConv2d(DynamicConv2d):
                  dilation=1,
                  groups: int = 1,
                  bias: bool = True,
-                 padding_mode: str = 'zeros',
+                 padding_mode: PaddingMode = 'zeros',
                  device=None,
                  dtype=None,
                  *,
@@ -87,7 +87,8 @@ class DCDConv2d(DynamicConv2d):
         nn.init.normal_(self.q, std=fan_in**-0.5)
         nn.init.normal_(self.p, std=self.p.shape[1]**-0.5)
 
-    def convolve(self, x: Tensor, padding, *, fusion: Tensor, filter_attention: Tensor) -> Tensor:
+    def convolve(self, x: Tensor, padding, *,  # type: ignore[override]  # of its own attention
+                 fusion: Tensor, filter_attention: Tensor) -> Tensor:
         if is_exporting() or len(x) > 0 and (self.fuses_elements or self._kernels_are_small(x)):
             output = self._convolve_each(x, padding, fusion, filter_attention)
         else:
@@ -138,7 +139,7 @@ class DCDConv2d(DynamicConv2d):
         p = self.p.to(fusion.dtype)
         return p.view(self.groups, -1, p.shape[1]) @ fusion[:, None]
 
-    def _centres(self, x: Tensor, size: Tuple[int, int]) -> Tensor:
+    def _centres(self, x: Tensor, size: Sequence[int]) -> Tensor:
         """x cut or padded so that a 1x1 convolution of the stride reads the kernel's centres."""
         widths = []
         for axis in (1, 0):
@@ -149,7 +150,7 @@ class DCDConv2d(DynamicConv2d):
         return F.pad(x, widths) if any(widths) else x
 
 
-class DCDAttention(nn.Module):
+class DCDAttention(Attention):
     """The dynamic branch of DCD (Fig. 2 of the paper): Lambda and Phi from the input's average.
 
     fc -> ReLU -> one fc each. Lambda's activation, relu6(v + 3) / 3, is the release's;
@@ -162,11 +163,6 @@ class DCDAttention(nn.Module):
         self.filter_fc = PooledLinear(hidden, out_channels)
         self.fusion_fc = PooledLinear(hidden, latent * latent)
         self.latent = latent
-
-    def reset_parameters(self) -> None:
-        """As when constructed, each of its layers by its own rule."""
-        for module in self.children():
-            module.reset_parameters()
 
     def reset_to_constant(self) -> float:
         """Answer every input with Lambda = 1 and Phi = 0; return that Lambda."""

@@ -5,7 +5,7 @@ https://arxiv.org/abs/1912.03458
 from mmengine.registry import MODELS
 
 from .attention import KernelAttention, hidden_channels
-from .base import DynamicConv2d
+from .base import DynamicConv2d, PaddingMode
 
 MIN_HIDDEN_CHANNELS = 4
 
@@ -39,7 +39,7 @@ class DyConv2d(DynamicConv2d):
                  dilation=1,
                  groups: int = 1,
                  bias: bool = True,
-                 padding_mode: str = 'zeros',
+                 padding_mode: PaddingMode = 'zeros',
                  device=None,
                  dtype=None,
                  *,

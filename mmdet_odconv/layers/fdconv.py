@@ -3,7 +3,7 @@
 https://arxiv.org/abs/2503.18783
 """
 import math
-from typing import Container, Dict, Optional, Tuple
+from typing import Collection, Dict, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,8 @@ from ..ops import (
     to_spectrum,
 )
 from ..ops.bands import BAND_NUM
-from .base import DynamicConv2d, placed
+from .attention import reset_children
+from .base import DynamicConv2d, PaddingMode, placed
 from .odconv import ODAttention
 
 NEAR_ZERO = 1e-6  # the release's start of what makes gates: so near to 1, but learning
@@ -53,6 +54,7 @@ class FDConv2d(DynamicConv2d):
         ValueError: if an argument is out of range.
     """
 
+    frequency_groups: Tensor
     bank_name = 'dft_weight'
     filters = {}  # of a spectrum, no axis is Cout's alone
 
@@ -65,7 +67,7 @@ class FDConv2d(DynamicConv2d):
                  dilation=1,
                  groups: int = 1,
                  bias: bool = True,
-                 padding_mode: str = 'zeros',
+                 padding_mode: PaddingMode = 'zeros',
                  device=None,
                  dtype=None,
                  *,
@@ -96,7 +98,7 @@ class FDConv2d(DynamicConv2d):
                              persistent=False)
 
     @property
-    def attention(self) -> 'FDAttention':
+    def attention(self) -> 'FDAttention':  # type: ignore[override]  # registered as released
         return self.KSM_Global
 
     @property
@@ -115,8 +117,7 @@ class FDConv2d(DynamicConv2d):
 
     def init_weights(self) -> None:
         self.reset_parameters()
-        for module in self.children():
-            module.reset_parameters()
+        reset_children(self)
 
     def fill_bank(self, kernel: Tensor, multiple: float) -> None:
         self._set_kernel(kernel.to(self.dft_weight) / multiple)
@@ -136,8 +137,8 @@ class FDConv2d(DynamicConv2d):
     def modulate(self, x: Tensor) -> Tensor:
         return x if self.FBM is None else self.FBM(x)
 
-    def convolve(self, x: Tensor, padding, *, kernel_attention: Tensor,
-                 **gates: Tensor) -> Tensor:
+    def convolve(self, x: Tensor, padding, *,  # type: ignore[override]  # of its own attention
+                 kernel_attention: Tensor, **gates: Tensor) -> Tensor:
         if self.KSM_Local is not None:
             gates['local_weight'] = self.KSM_Local.conv.weight.flatten(1)
         scale = self.half_width * self.kernel_num  # of which the attention divides by the latter
@@ -150,7 +151,7 @@ class FDConv2d(DynamicConv2d):
             output = F.conv2d(x, kernels.sum(0), None, *geometry, self.groups)
         return output if self.bias is None else output + self.bias.to(output.dtype)[:, None, None]
 
-    def elementwise_madds(self, x: Tensor, output: Tensor, attentions: Container[str]
+    def elementwise_madds(self, x: Tensor, output: Tensor, attentions: Collection[str]
                           ) -> Tuple[int, int]:
         elements, pixels = self.kernel_shape.numel(), x[0, 0].numel()
         kernels = elements + _transform_madds(elements)
@@ -255,8 +256,8 @@ class LocalModulation(nn.Module):
     def forward(self, average: Tensor) -> Tensor:
         """Average, (B, Cin), to what each tap reads at each channel, (B, T, Cin)."""
         average = self.norm(average.to(self.norm.weight.dtype))
-        padded = F.pad(average, (self.conv.padding[0], self.conv.padding[0]))
-        return padded.unfold(1, self.conv.kernel_size[0], 1).mT
+        taps = self.conv.kernel_size[0]
+        return F.pad(average, (taps // 2, taps // 2)).unfold(1, taps, 1).mT
 
 
 class FrequencyBandModulation(nn.Module):
@@ -272,9 +273,7 @@ class FrequencyBandModulation(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        for gate in self.freq_weight_conv_list:
-            nn.init.normal_(gate.weight, std=NEAR_ZERO)
-            nn.init.zeros_(gate.bias)
+        reset_children(self.freq_weight_conv_list)
 
     def reset_to_constant(self) -> None:
         """Gates of 1, whatever the input."""
@@ -298,3 +297,7 @@ class BandGate(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(1, in_channels, 3, 3))
         self.bias = nn.Parameter(torch.empty(1))
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=NEAR_ZERO)
+        nn.init.zeros_(self.bias)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from .attention import PooledLinear, hidden_channels, linear
-from .base import DynamicConv2d
+from .attention import Attention, PooledLinear, hidden_channels, linear
+from .base import DynamicConv2d, PaddingMode
 
 MIN_HIDDEN_CHANNELS = 16
 NORM_TYPES = ('BN', 'SyncBN', 'GN', 'LN')
@@ -46,7 +46,7 @@ class ODConv2d(DynamicConv2d):
                  dilation=1,
                  groups: int = 1,
                  bias: bool = True,
-                 padding_mode: str = 'zeros',
+                 padding_mode: PaddingMode = 'zeros',
                  device=None,
                  dtype=None,
                  *,
@@ -62,7 +62,7 @@ class ODConv2d(DynamicConv2d):
                                         kernel_num, reduction, norm_cfg), device, dtype)
 
 
-class ODAttention(nn.Module):
+class ODAttention(Attention):
     """The four attentions of ODConv, from one pooled read of the input (Fig. 2 of the paper).
 
     Pool -> fc -> norm -> ReLU -> one fc per attention; sigmoid for the spatial, channel and
@@ -86,11 +86,6 @@ class ODAttention(nn.Module):
         kernel_area = math.prod(kernel_size)
         self.spatial_fc = PooledLinear(hidden, kernel_area) if kernel_area > 1 else None
         self.kernel_fc = PooledLinear(hidden, kernel_num) if kernel_num > 1 else None
-
-    def reset_parameters(self) -> None:
-        """As when constructed, each of its layers by its own rule."""
-        for module in self.children():
-            module.reset_parameters()
 
     def reset_to_constant(self) -> float:
         """Answer every input alike: kernels equally, gates at 1/2; return the product of gates."""
@@ -137,6 +132,7 @@ def build_pooled_norm(cfg: dict, channels: int) -> nn.Module:
     Raises:
         ValueError: for another type, or for groups that leave one value to normalise.
     """
+    norm: nn.Module
     cfg = dict(cfg)
     kind = cfg.pop('type', None)
     requires_grad = cfg.pop('requires_grad', True)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..ops import convolve_images, mix_cells, mixture_count, split_into_cells
-from .attention import PooledLinear, hidden_channels
-from .base import DynamicConv2d, on_banks
+from .attention import Attention, PooledLinear, hidden_channels
+from .base import DynamicConv2d, PaddingMode, on_banks
 from .odconv import build_pooled_norm, normalise_pooled
 
 MIN_HIDDEN_CHANNELS = 16
@@ -29,6 +29,7 @@ class WarehouseManager(nn.Module):
     trained networks, where it is 0.
     """
 
+    tau: Tensor
     takes_static = False  # whether the cells come from static kernels that the layers are loading
 
     def __init__(self, device=None, dtype=None) -> None:
@@ -143,6 +144,7 @@ class KWConv2d(DynamicConv2d):
         ValueError: if an argument is out of range.
     """
 
+    attention: 'CellAttention'
     filters = {}  # the cells, which other layers mix too, take no norm
 
     def __init__(self,
@@ -154,7 +156,7 @@ class KWConv2d(DynamicConv2d):
                  dilation=1,
                  groups: int = 1,
                  bias: bool = True,
-                 padding_mode: str = 'zeros',
+                 padding_mode: PaddingMode = 'zeros',
                  device=None,
                  dtype=None,
                  *,
@@ -215,7 +217,8 @@ class KWConv2d(DynamicConv2d):
                 'give none (init_cfg=None, frozen_stages=-1) to train from scratch.')
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def convolve(self, x: Tensor, padding, *, cell_attention: Tensor) -> Tensor:
+    def convolve(self, x: Tensor, padding, *,  # type: ignore[override]  # of its own attention
+                 cell_attention: Tensor) -> Tensor:
         beta, tau = self.attention.beta, self.warehouse.manager.tau
         attention = cell_attention + tau * (beta - cell_attention)
         cells = self.warehouse.cells
@@ -231,13 +234,15 @@ class KWConv2d(DynamicConv2d):
             f'{self.warehouse.index}, cells={len(cells)}x{tuple(cells.shape[1:3])}')
 
 
-class CellAttention(nn.Module):
+class CellAttention(Attention):
     """Attention over the cells of a warehouse for every cell of a kernel.
 
     fc1 -> norm -> ReLU -> fc2, m x (n + 1) values, divided by the sum of their moduli for each of
     the m mixtures: signed, unlike a softmax. The last of the n + 1 is of a cell of zeros. With a
     basis, fc2 answers for the layer's own cells alone and fc3 maps a few values more to the others.
     """
+
+    beta: Tensor
 
     def __init__(self, in_channels: int, beta: Tensor, own: slice, reduction: float,
                  basis_ratio: float, norm_cfg: Optional[dict]) -> None:
@@ -248,6 +253,7 @@ class CellAttention(nn.Module):
         hidden = hidden_channels(in_channels, reduction, MIN_HIDDEN_CHANNELS)
         self.fc1 = MatrixLinear(in_channels, hidden, bias=False)
         self.norm1 = build_pooled_norm(norm_cfg or dict(type='BN'), hidden)
+        self.fc3: Optional[MatrixLinear] = None
         count = own.stop - own.start
         if basis_ratio < 1 and cells > count:
             basis = max(int((cells - count) * basis_ratio), MIN_BASIS)
@@ -256,12 +262,9 @@ class CellAttention(nn.Module):
             self.basis_bias = nn.Parameter(torch.zeros(self.mixtures * (cells + 1)))
         else:
             self.fc2 = MatrixLinear(hidden, self.mixtures * (cells + 1))
-            self.fc3 = None
 
     def reset_parameters(self) -> None:
-        """As when constructed, each of its layers by its own rule."""
-        for module in self.children():
-            module.reset_parameters()
+        super().reset_parameters()
         if self.fc3 is not None:
             nn.init.zeros_(self.basis_bias)
 

@@ -121,7 +121,8 @@ def _differences(gates: Tensor) -> List[Tensor]:
 
 def _all_waves(input: Tensor) -> Tuple[List[Tensor], List[Tensor]]:
     """Of rows and of columns, the waves that each low-pass keeps."""
-    return tuple(_waves(size, input) for size in input.shape[2:])
+    height, width = input.shape[2:]
+    return _waves(height, input), _waves(width, input)
 
 
 def _waves(size: int, like: Tensor) -> List[Tensor]:

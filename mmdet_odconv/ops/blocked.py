@@ -44,8 +44,9 @@ def forward(input, weight, kernel_attention, spatial_attention, channel_attentio
         raise ValueError(f"plan 'blocked' is for groups=1, got {groups}")
     a, batch = kernel_attention, len(input)
     columns = patches(input, weight, stride, padding, dilation)
-    bank, *factors = as_matrices(weight, spatial_attention, channel_attention, filter_attention, 1)
-    column_gate, output_factor, gate, f = where_to_scale(*factors, columns, bank)
+    bank, all_gate, all_f = as_matrices(weight, spatial_attention, channel_attention,
+                                        filter_attention, 1)
+    column_gate, output_factor, gate, f = where_to_scale(all_gate, all_f, columns, bank)
     if column_gate is not None:
         columns = columns * column_gate
     output = columns.new_empty(batch, bank.shape[2], columns.shape[2])

@@ -4,7 +4,7 @@ import contextvars
 import functools
 import math
 from types import ModuleType
-from typing import Dict, Iterator, Optional, Tuple, Union
+from typing import Callable, Dict, Iterator, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,8 @@ def dynamic_conv2d(input: Tensor,
     Raises:
         ValueError: if a shape or the geometry is not one of those above.
     """
-    attentions = (kernel_attention, spatial_attention, channel_attention, filter_attention)
+    attentions: Tuple[Optional[Tensor], ...] = (
+        kernel_attention, spatial_attention, channel_attention, filter_attention)
     traced = is_traced()
     # A traced size has no hash.
     checked = _checked_geometry.__wrapped__ if traced else _checked_geometry
@@ -85,7 +86,8 @@ def dynamic_conv2d(input: Tensor,
         with torch.autocast(device, enabled=False):
             output = _run(plan, input, weight, *attentions, *geometry)
     elif is_exporting():  # runtimes join a convolution's own bias, and what follows it, to it
-        return exported_conv2d(input, weight, *attentions, *geometry, bias=bias)
+        return exported_conv2d(input, weight, kernel_attention, spatial_attention,
+                               channel_attention, filter_attention, *geometry, bias=bias)
     else:
         output = _run(plan, input, weight, *attentions, *geometry)
     return output if bias is None else output + bias.to(output.dtype)[:, None, None]
@@ -99,8 +101,9 @@ _forced_plan: contextvars.ContextVar[Optional[str]] = contextvars.ContextVar('pl
 
 def _run(plan: str, *arguments) -> Tensor:
     input, weight, *attentions = arguments[:6]
-    whole = (exported_conv2d if is_exporting() else _empty_batch if input.shape[0] == 0 else
-             grouped_conv2d if plan == 'grouped' else None)
+    whole: Optional[Callable] = (
+        exported_conv2d if is_exporting() else _empty_batch if input.shape[0] == 0 else
+        grouped_conv2d if plan == 'grouped' else None)
     if whole is not None:
         return whole(input, weight, *kernels.in_dtype(input.dtype, *attentions), *arguments[6:])
     if plan == 'plain':

@@ -60,7 +60,8 @@ def exported_conv2d(input: Tensor, weight: Tensor, kernel_attention: Optional[Te
 def exported_convolve_images(input: Tensor, kernels: Tensor, stride=1, padding=0, dilation=1,
                              groups: int = 1, bias: Optional[Tensor] = None) -> Tensor:
     """:func:`~mmdet_odconv.ops.convolution.convolve_images`, plus a bias, for exporters."""
-    out_channels, group_channels, *kernel_size = _constants(kernels.shape[1:])
+    out_channels, group_channels, kh, kw = _constants(kernels.shape[1:])
+    kernel_size = kh, kw
     batch = _constant_batch(input)
     if batch == 1:
         kernel = kernels.reshape(out_channels, group_channels, *kernel_size)
@@ -72,10 +73,10 @@ def exported_convolve_images(input: Tensor, kernels: Tensor, stride=1, padding=0
     stride, padding, dilation = (
         (value, value) if isinstance(value, int) else tuple(value)
         for value in (stride, padding, dilation))
-    pointwise = tuple(kernel_size) == (1, 1) and stride == (1, 1) and padding == (0, 0)
+    pointwise = kernel_size == (1, 1) and stride == (1, 1) and padding == (0, 0)
     columns = input.flatten(2) if pointwise else F.unfold(input, kernel_size, dilation, padding,
                                                           stride)
-    inner = group_channels * kernel_size[0] * kernel_size[1]
+    inner = group_channels * kh * kw
     matrices = kernels.reshape(-1, groups, out_channels // groups, inner)
     output = matrices @ columns.reshape(columns.shape[0], groups, inner, -1)
     height, width = ((size + 2 * p - d * (k - 1) - 1) // st + 1 for size, k, st, p, d in zip(

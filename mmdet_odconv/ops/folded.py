@@ -27,31 +27,34 @@ CHUNK_BYTES = 2**24
 
 
 def forward(input, weight, kernel_attention, spatial_attention, channel_attention,
-            filter_attention, *geometry) -> Tuple[Tensor, None]:
+            filter_attention, stride, padding, dilation, groups) -> Tuple[Tensor, None]:
     """See :class:`~mmdet_odconv.ops.autograd.Planned`."""
-    bank, *factors = as_matrices(weight, spatial_attention, channel_attention, filter_attention,
-                                 geometry[-1])
+    bank, gate, f = as_matrices(weight, spatial_attention, channel_attention, filter_attention,
+                                groups)
     outputs = []
     for images in chunks(bank, len(input)):
         some = part(input, images)
-        _, kernels = mix_and_fold(
-            bank, *(part(t, images) for t in (kernel_attention, *factors)), len(some))
-        outputs.append(convolve_images(some, as_kernels(kernels, weight), *geometry))
+        _, kernels = mix_and_fold(bank, part(kernel_attention, images), part(gate, images),
+                                  part(f, images), len(some))
+        outputs.append(convolve_images(some, as_kernels(kernels, weight), stride, padding,
+                                       dilation, groups))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs), None
 
 
-def backward(grad, saved, needs, *geometry) -> Tuple[Optional[Tensor], ...]:
+def backward(grad, saved, needs, stride, padding, dilation, groups
+             ) -> Tuple[Optional[Tensor], ...]:
     """See :class:`~mmdet_odconv.ops.autograd.Planned`."""
     input, weight, a, s, c, f, _ = saved
-    bank, gate, row_f = as_matrices(weight, s, c, f, geometry[-1])
+    bank, gate, row_f = as_matrices(weight, s, c, f, groups)
     gradients = KernelGradients(bank, a, gate, row_f, len(input), needs[1])
     grad_inputs = []
     for images in chunks(bank, len(input)):
-        attentions = (part(t, images) for t in (a, gate, row_f))
-        mixed, kernels = mix_and_fold(bank, *attentions, len(part(input, images)), keep_mixed=True)
+        some = part(input, images)
+        mixed, kernels = mix_and_fold(bank, part(a, images), part(gate, images),
+                                      part(row_f, images), len(some), keep_mixed=True)
         grad_input, grad_kernels = convolution_gradients(
-            part(grad, images), part(input, images), as_kernels(kernels, weight), *geometry,
-            needs[0], any(needs[1:]))
+            part(grad, images), some, as_kernels(kernels, weight), stride, padding, dilation,
+            groups, needs[0], any(needs[1:]))
         grad_inputs.append(grad_input)
         if grad_kernels is not None:
             grad_kernels = grad_kernels.contiguous().view(kernels.shape)

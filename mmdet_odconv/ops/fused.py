@@ -16,25 +16,25 @@ takes_any_dtype = True
 
 
 def forward(input, weight, kernel_attention, spatial_attention, channel_attention,
-            filter_attention, *geometry) -> Tuple[Tensor, None]:
+            filter_attention, stride, padding, dilation, groups) -> Tuple[Tensor, None]:
     """See :class:`~mmdet_odconv.ops.autograd.Planned`."""
     from .triton_kernels import fold_kernels
     kernels = fold_kernels(weight, kernel_attention, spatial_attention, channel_attention,
-                           filter_attention, geometry[-1], len(input), input.dtype)
-    return convolve_images(input, kernels, *geometry), None
+                           filter_attention, groups, len(input), input.dtype)
+    return convolve_images(input, kernels, stride, padding, dilation, groups), None
 
 
-def backward(grad, saved, needs, *geometry) -> Tuple[Optional[Tensor], ...]:
+def backward(grad, saved, needs, stride, padding, dilation, groups
+             ) -> Tuple[Optional[Tensor], ...]:
     """See :class:`~mmdet_odconv.ops.autograd.Planned`."""
     from .triton_kernels import fold_kernels, fold_kernels_backward
-    input, weight, *attentions, _ = saved
-    groups = geometry[-1]
-    kernels = fold_kernels(weight, *attentions, groups, len(input), input.dtype)
+    input, weight, a, s, c, f, _ = saved
+    kernels = fold_kernels(weight, a, s, c, f, groups, len(input), input.dtype)
     grad_input, grad_kernels = convolution_gradients(
-        grad, input, kernels, *geometry, needs[0], any(needs[1:]))
+        grad, input, kernels, stride, padding, dilation, groups, needs[0], any(needs[1:]))
     if grad_kernels is None:
         return (grad_input, *[None] * 5)
-    grads = fold_kernels_backward(grad_kernels.contiguous(), weight, *attentions, groups, needs[1])
+    grads = fold_kernels_backward(grad_kernels.contiguous(), weight, a, s, c, f, groups, needs[1])
     return (grad_input, *grads)
 
 

@@ -59,7 +59,7 @@ def to_spectrum(kernel: Tensor) -> Tensor:
 
 def fourier_kernels(spectrum: Tensor,
                     frequency_groups: Tensor,
-                    kernel_shape: Tuple[int, int, int, int],
+                    kernel_shape: Sequence[int],
                     kernel_attention: Tensor,
                     groups: int = 1,
                     *,
