@@ -123,6 +123,32 @@ def test_masks_lie_on_the_visible_ink(digits):
         assert change[fringe == 0].max() < 1
 
 
+def test_a_hard_image_has_smaller_digits_among_strokes_of_no_class(digits):
+    ink, labels, photos = digits.load_sources()
+    pool = np.arange(len(labels))
+    for seed in range(5):
+        background = digits.crop_background(photos, 192, np.random.default_rng(seed))
+        image, found = digits.compose_image(ink, pool, photos, 192, np.random.default_rng(seed),
+                                            hard=True)
+        change = np.abs(image - background).mean(axis=-1)
+        assert 6 <= len(found) <= 16
+        union = np.zeros((192, 192), np.uint8)
+        for _, mask in found:
+            assert change[mask > 0].mean() > 40
+            assert max(cv2.boundingRect(mask)[2:]) <= 192 // 6
+            assert not (union & mask).any()
+            union |= mask
+        fringe = cv2.dilate(union, np.ones((9, 9), np.uint8))
+        strokes, _ = cv2.connectedComponents((change * (fringe == 0) > 20).astype(np.uint8))
+        assert strokes > digits.STROKES // 2
+
+
+def test_a_hard_dataset_is_told_from_a_plain_one(digits, dataset, tmp_path):
+    digits.main([str(tmp_path / 'hard'), *SMALL, '--hard'])
+    assert load_json(tmp_path / 'hard', 'train')['images'] == load_json(dataset, 'train')['images']
+    assert '--seed 0 --hard, where --train 6' in refusal(digits, tmp_path / 'hard', *SMALL)
+
+
 @pytest.mark.parametrize('side', [8, 9, 24, 64])
 def test_every_source_digit_stays_visible(digits, side):
     ink, _, _ = digits.load_sources()

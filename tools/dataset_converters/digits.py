@@ -1,14 +1,16 @@
 """Write a small COCO detection and instance segmentation dataset without any download.
 
     python digits.py OUT_DIR [--train 1000] [--val 200] [--test 0] [--size 192] [--seed 0]
-                     [--classification]
+                     [--hard | --classification]
 
 The 1797 handwritten digits of ``sklearn.datasets.load_digits`` are composited onto random crops
 of the two photographs of ``sklearn.datasets.load_sample_images``. OUT_DIR receives::
 
     train/000001.jpg ...   val/000001.jpg ...   annotations/{train,val}.json   digits.json
 
-and with ``--classification`` one digit an image, white on black, in a folder for each class::
+``--hard`` makes twice as many digits of half the size, among strokes that are parts of digits and
+belong to no class: for small networks and long budgets, where the plain images teach little more.
+With ``--classification`` there is one digit an image, white on black, in a folder for each class::
 
     train/0/000001.jpg ...   val/0/000001.jpg ...   digits.json
 
@@ -38,6 +40,7 @@ DESCRIPTION = 'scikit-learn digits composited onto scikit-learn sample photograp
 MARKER = 'digits.json'
 SPLITS = ('train', 'val', 'test')
 PLACEMENT_TRIES = 30
+STROKES = 12  # in a hard image, of no class
 
 
 class DatasetError(Exception):
@@ -113,8 +116,20 @@ def pick_colour(background, rng):
     return rng.uniform(0, 75, 3) if background.mean() > 120 else rng.uniform(180, 255, 3)
 
 
-def compose_image(ink, pool, photos, size, rng):
+def paint(canvas, occupied, alpha, rng):
+    """Put ``alpha`` (h, w) where it is free, in one colour; its window, None if it is crowded."""
+    window = find_free_window(occupied, alpha.shape, rng)
+    if window is not None:
+        occupied[window] = True
+        colour = pick_colour(canvas[window], rng)
+        canvas[window] += alpha[..., None] * (colour - canvas[window])
+    return window
+
+
+def compose_image(ink, pool, photos, size, rng, hard=False):
     """Composite 3 to 8 digits of ``pool`` (source indices), fewer if they do not fit.
+
+    In a hard image, 6 to 16 of half the size, after strokes cut from other digits.
 
     Returns the BGR image, uint8 (size, size, 3), and a list of (source index, mask), masks
     uint8 (size, size) in {0, 1}. Digits may touch, but none covers another: masks are disjoint.
@@ -122,14 +137,18 @@ def compose_image(ink, pool, photos, size, rng):
     canvas = crop_background(photos, size, rng)
     occupied = np.zeros((size, size), bool)
     digits = []
-    for source in rng.choice(pool, rng.integers(3, 9)):
-        alpha = upscale_ink(ink[source], int(rng.integers(size // 6, size // 3 + 1)))
-        window = find_free_window(occupied, alpha.shape, rng)
+    times = 2 if hard else 1
+    smallest, largest = size // 6 // times, size // 3 // times
+    for source in rng.choice(pool, STROKES if hard else 0):
+        stroke = upscale_ink(ink[source], int(rng.integers(smallest, largest + 1)))
+        height, width = stroke.shape
+        stroke = np.rot90(stroke[: height // 2, : width * 2 // 3], rng.integers(4))
+        paint(canvas, occupied, stroke, rng)
+    for source in rng.choice(pool, times * rng.integers(3, 9)):
+        alpha = upscale_ink(ink[source], int(rng.integers(smallest, largest + 1)))
+        window = paint(canvas, occupied, alpha, rng)
         if window is None:
             continue
-        occupied[window] = True
-        colour = pick_colour(canvas[window], rng)
-        canvas[window] += alpha[..., None] * (colour - canvas[window])
         mask = np.zeros((size, size), np.uint8)
         mask[window] = alpha > 0.5
         digits.append((source, mask))
@@ -168,7 +187,7 @@ def write_split(root, split, settings, sources):
     silent = not console.is_terminal
     for index in track(range(settings[split]), split, console=console, disable=silent):
         rng = np.random.default_rng([seed, SPLITS.index(split), index])
-        image, digits = compose_image(ink, pool, photos, size, rng)
+        image, digits = compose_image(ink, pool, photos, size, rng, 'hard' in settings)
         name, image_id = f'{index + 1:06d}.jpg', index + 1
         write_jpeg(root / split / name, image)
         images.append({'id': image_id, 'file_name': name, 'width': size, 'height': size})
@@ -301,8 +320,10 @@ def parse_args(argv=None):
     parser.add_argument('--test', type=int, default=0, help='number of test images')
     parser.add_argument('--size', type=int, default=192, help='side of the square images in px')
     parser.add_argument('--seed', type=int, default=0, help='seed of every random choice')
-    parser.add_argument('--classification', action='store_true',
-                        help='one digit an image, a folder a class')
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument('--hard', action='store_true', help='smaller digits, among parts of others')
+    kind.add_argument('--classification', action='store_true',
+                      help='one digit an image, a folder a class')
     args = parser.parse_args(argv)
     smallest = 32 if args.classification else 64
     for name, minimum in {'train': 1, 'val': 1, 'test': 0, 'size': smallest, 'seed': 0}.items():
@@ -315,7 +336,7 @@ def main(argv=None):
     """Run the command line; every expected failure is one sentence and exit status 1."""
     args = parse_args(argv)
     settings = {'made_by': MADE_BY, **vars(args)}
-    for name in ('classification', 'test'):
+    for name in ('hard', 'classification', 'test'):
         if not settings[name]:
             del settings[name]  # so that datasets made before there was it are reused
     out_dir = settings.pop('out_dir').resolve()
