@@ -1,4 +1,5 @@
 """MkDocs hook: what pages name outside docs/ becomes a name, or is brought along."""
+import json
 import re
 from pathlib import Path
 
@@ -9,10 +10,26 @@ ROOT = DOCS.parent
 
 
 def on_files(files, config):
-    """Pictures of resources/ are part of the site."""
+    """Pictures of resources/ are part of the site, and so is the notebook, as a page."""
+    files.append(File.generated(config, 'tutorial.md', content=notebook_as_markdown()))
     for path in sorted((ROOT / 'resources').iterdir()):
         files.append(File.generated(config, f'resources/{path.name}', abs_src_path=str(path)))
     return files
+
+
+def notebook_as_markdown():
+    """The tutorial's cells, code with what it printed and drew."""
+    parts = []
+    for cell in json.loads((DOCS / 'tutorial.ipynb').read_text())['cells']:
+        source = ''.join(cell['source'])
+        parts.append(source if cell['cell_type'] == 'markdown' else f'```python\n{source}\n```')
+        for output in cell.get('outputs', []):
+            picture = output.get('data', {}).get('image/png')
+            if picture:
+                parts.append(f'![What the cell draws](data:image/png;base64,{picture.strip()})')
+            elif 'text' in output:
+                parts.append(f'```text\n{"".join(output["text"])}```')
+    return '\n\n'.join(parts)
 
 
 def on_page_markdown(markdown, page, **_):
@@ -25,6 +42,8 @@ def on_page_markdown(markdown, page, **_):
         text, link = found.groups()
         path, _, anchor = link.partition('#')
         target = (folder / path).resolve()
+        if path.endswith('.ipynb'):  # a page of the site
+            return f'[{text}]({link.replace(".ipynb", ".md")})'
         if not path or '://' in link or target.is_relative_to(DOCS) and folder != ROOT:
             return found.group(0)
         inside = target.relative_to(ROOT)

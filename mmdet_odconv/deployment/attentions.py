@@ -1,6 +1,6 @@
 """What dynamic layers attend to over a data set, and what a detector finds and misses there."""
 from dataclasses import dataclass
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 from mmdet.models import BaseDetector
@@ -132,42 +132,61 @@ class Mistake:
     badness: float
 
 
-def mistakes(images: List[Image], classes: List[str], score: float) -> Dict[str, List[Mistake]]:
-    """False positives, wrong classes and misses, each the worst first.
+def judge(image: Image, score: float) -> Tuple[Dict[int, Optional[int]], List[int]]:
+    """What a detector's answer for an image is worth.
 
     A detection, by falling score, takes the free object that it overlaps most, from an IoU of one
-    half on: of its own class if there is one, and else it is of a wrong class, or of nothing.
+    half on: of its own class if there is one, and else, when all have chosen so, of a wrong class.
+
+    Args:
+        image: with detections.
+        score: least score of a detection that counts.
+
+    Returns:
+        By the index of each detection that counts that of the object taken, or None if it is of
+        nothing; the right ones come first. And the objects that are missed, which none took.
+    """
+    free = torch.ones(len(image.boxes), dtype=torch.bool)
+    counted = [int(i) for i in image.found_scores.argsort(descending=True)
+               if image.found_scores[i] >= score]
+    overlaps = bbox_overlaps(image.found_boxes.float(), image.boxes.float())
+    taken: Dict[int, Optional[int]] = {}
+    for own_class in (True, False):
+        for i in counted:
+            if i in taken:
+                continue
+            left = overlaps[i] * free
+            if own_class:
+                left = left * (image.labels == image.found_labels[i])
+            if len(left) and left.max() >= MATCH:
+                taken[i] = int(left.argmax())
+                free[left.argmax()] = False
+            elif not own_class:
+                taken[i] = None
+    return taken, free.nonzero()[:, 0].tolist()
+
+
+def mistakes(images: List[Image], classes: List[str], score: float) -> Dict[str, List[Mistake]]:
+    """False positives, wrong classes and misses, each the worst first.
 
     Args:
         images: what :func:`record_attentions` gave.
         classes: names by label.
-        score: least score of a detection that counts.
+        score: least score of a detection that counts: see :func:`judge`.
     """
     result: Dict[str, List[Mistake]] = {'false positives': [], 'wrong class': [], 'misses': []}
     for index, image in enumerate(images):
-        free = torch.ones(len(image.boxes), dtype=torch.bool)
-        counted = [int(i) for i in image.found_scores.argsort(descending=True)
-                   if image.found_scores[i] >= score]
-        overlaps = bbox_overlaps(image.found_boxes.float(), image.boxes.float())
-        wrong = []
-        for i in counted:
-            same = overlaps[i] * (free & (image.labels == image.found_labels[i]))
-            if len(same) and same.max() >= MATCH:
-                free[same.argmax()] = False
-            else:
-                wrong.append(i)
-        for i in wrong:
+        taken, missed = judge(image, score)
+        for i, true in taken.items():
             box, value = image.found_boxes[i], image.found_scores[i].item()
             text = f'{classes[image.found_labels[i]]} {value:.2f}'
-            left = overlaps[i] * free
-            if len(left) and left.max() >= MATCH:
-                true = int(left.argmax())
-                free[true] = False
+            if true is None:
+                result['false positives'].append(Mistake(index, box, text, value))
+            elif image.labels[true] != image.found_labels[i]:
                 text += f', is {classes[image.labels[true]]}'
                 result['wrong class'].append(Mistake(index, box, text, value))
-            else:
-                result['false positives'].append(Mistake(index, box, text, value))
-        for true in free.nonzero()[:, 0]:
+        overlaps = bbox_overlaps(image.found_boxes.float(), image.boxes.float())
+        for true in missed:
             best = overlaps[:, true] * image.found_scores if len(image.found_scores) else [0.]
             result['misses'].append(Mistake(index, image.boxes[true],
                                             classes[image.labels[true]], 1 - float(max(best))))

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .attentions import Image, by_class, mistakes, most_and_least_alike, spread
 
-GREEN, ORANGE, RED = (138, 224, 0), (31, 154, 255), (60, 60, 230)  # BGR
+# BGR, of colours that a colour-blind reader tells apart (Okabe and Ito)
+BLUE, ORANGE, PURPLE = (233, 180, 86), (0, 159, 230), (167, 121, 204)
 WIDTH = 260  # px of a picture
 STYLE = """body{font:15px/1.45 sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}
 h1,h2{font-weight:600}figure{display:inline-block;margin:4px;vertical-align:top;width:260px}
@@ -37,8 +38,8 @@ def write_page(path: Path, title: str, images: List[Image], attentions: Dict[str
         curves: a picture of the training's curves, such as report.py draws.
     """
     spreads = {name: spread(attention) for name, attention in attentions.items()}
-    parts = [f'<h1>{html.escape(title)}</h1><p>{len(images)} images. Objects are green, detections '
-             f'from a score of {score:g} on orange, mistakes red.</p>']
+    parts = [f'<h1>{html.escape(title)}</h1><p>{len(images)} images. Objects are blue, detections '
+             f'from a score of {score:g} on orange, mistakes purple.</p>']
     parts += ['<h2>Attention over kernels</h2>',
               '<p>Entropy is 1 where all kernels of a bank are mixed alike and 0 where an image '
               'takes one; variation is 0 where all images get the same kernel. A kernel is dead if '
@@ -83,9 +84,9 @@ def _picture(image: Image, classes: Sequence[str], score: Optional[float], mista
                         cv2.FONT_HERSHEY_SIMPLEX, 0.4, colour, 1, cv2.LINE_AA)
 
     for box in image.boxes:
-        draw(box, GREEN)
+        draw(box, BLUE)
     if mistake is not None:
-        draw(mistake.box, RED, mistake.text)
+        draw(mistake.box, PURPLE, mistake.text)
     elif score is not None:
         for i in (image.found_scores >= score).nonzero()[:, 0]:
             draw(image.found_boxes[i], ORANGE,
@@ -111,7 +112,7 @@ def _draw_spreads(spreads) -> Figure:
     figure = Figure(figsize=(10, 4.5), layout='constrained')
     top, bottom = figure.subplots(2, 1, sharex=True)
     at = np.arange(len(spreads))
-    top.bar(at, [found.entropy for found in spreads.values()], color='#1f6fd6')
+    top.bar(at, [found.entropy for found in spreads.values()], color='#0072b2')
     top.set(ylim=(0, 1.05), ylabel='entropy')
     base = np.zeros(len(spreads))
     for kernel in range(max(len(found.shares) for found in spreads.values())):

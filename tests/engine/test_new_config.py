@@ -45,6 +45,16 @@ def mend(data, tmp_path):
     return change
 
 
+def test_the_command_says_what_is_in_the_data_and_what_comes_next(data, tmp_path):
+    args = ('new_config.py', '--data', data, '--base', digits.CONFIG, '--weights', 'none', '--out',
+            'my.py')
+    said = digits.tool(tmp_path, *args).stdout
+    assert 'train: 4 images' in said and ' classes, with boxes to learn from: ' in said
+    assert said.rstrip().endswith('mmdet_odconv train my.py')
+    again = digits.tool(tmp_path, *args, check=False)
+    assert again.returncode == 1 and again.stderr.splitlines()[-1].startswith('error: my.py')
+
+
 def test_the_config_trains_an_iteration_and_evaluates(data, tmp_path):
     out = tmp_path / 'my.py'
     made = new_config(data, digits.CONFIG, out, weights='none')

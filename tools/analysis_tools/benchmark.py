@@ -363,20 +363,22 @@ def draw(records, modes, path):
     titles = {'inference': 'inference, time', 'training': 'training step, time',
               'iteration': "iteration with optimizer's step, time",
               'saved': 'memory saved for backward'}
-    names = {'grouped': 'published formulation', 'ours': 'this plugin'}
+    names = {'grouped': 'published formulation', 'ours': 'ours'}
     for axis, panel in zip(axes.flat, panels):
-        for offset, alternative, colour in ((-0.2, 'grouped', '#c2a35a'), (0.2, 'ours', '#1f6fd6')):
+        for offset, alternative, colour in ((-0.2, 'grouped', '#e69f00'), (0.2, 'ours', '#0072b2')):
             values = {r['case']: r['to_static'][panel] for r in records
                       if r['alternative'] == alternative}
             bars = axis.barh([labels.index(case) + offset for case in values], values.values(),
                              0.38, color=colour, label=names[alternative])
-            axis.bar_label(bars, fmt='%.2f', fontsize=7, padding=2)
-        axis.axvline(1, color='0.3', lw=1)
+            for label in axis.bar_label(bars, fmt='%.2f', fontsize=7, padding=3):
+                label.set_bbox(dict(facecolor='white', edgecolor='none', pad=0.5))
+        axis.axvline(1, color='0.3', lw=1, zorder=0.5)
         axis.set(title=titles[panel], xlabel='ratio to static')
         axis.margins(x=0.12)
     axes[0, 0].set_yticks(range(len(labels)), labels)
     axes[0, 0].invert_yaxis()
-    axes[0, -1].legend(frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=2,
+                  frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

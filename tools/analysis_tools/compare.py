@@ -26,6 +26,7 @@ import argparse
 import ast
 import collections
 import concurrent.futures
+import itertools
 import json
 import math
 import os
@@ -55,6 +56,7 @@ from mmdet_odconv.engine.data_sets import use_data  # noqa: E402
 from mmdet_odconv.engine.launch import errors_explained, find_config  # noqa: E402
 
 TOOLS = Path(__file__).parents[1]
+FAMILIES = ('od', 'dy', 'cond', 'dcd', 'fd', 'kw', 'se')
 READING = threading.Lock()
 
 
@@ -258,32 +260,37 @@ def markdown(rows, records):
 
 
 def draw(rows, path):
-    """mAP against MAdds, a colour for each family and a panel for each static backbone."""
-    families = {'od': '#1f6fd6', 'dy': '#c2410c', 'cond': '#7c3aed', 'dcd': '#0f766e',
-                'kw': '#be185d', 'se': '#b45309'}
+    """Box mAP of each, sorted, ± its spread over seeds; a panel for each static backbone.
+
+    The static one's own mAP and spread are a line and a band; parameters and MAdds are beside the
+    names.
+    """
     panels = {}
     for row in rows:
         name = short_name(row).partition(',')[0]
         family, _, rest = name.partition('-')
-        host = re.sub(r'-k\d+$', '', rest if family in families else name)
-        panels.setdefault(host, []).append((families.get(family, '0.35'), row))
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.5), squeeze=False,
-                                layout='constrained')
-    for axis, (host, points) in zip(axes.flat, panels.items()):
-        # Labels in a column beside the points, spread so that none covers another.
-        points.sort(key=lambda point: point[1]['map'])
-        low, high = points[0][1]['map'], points[-1][1]['map']
-        step = max(high - low, 0.02) / max(1, len(points) - 1)
-        right = max(row['gmadds'] for _, row in points)
-        width = max(right - min(row['gmadds'] for _, row in points), 0.05 * right)
-        for i, (colour, row) in enumerate(points):
-            axis.errorbar(row['gmadds'], row['map'], row['spread'], fmt='o', color=colour,
-                          capsize=3)
-            axis.annotate(short_name(row), (row['gmadds'], row['map']),
-                          (right + 0.15 * width, low + i * step), color=colour, va='center',
-                          arrowprops=dict(arrowstyle='-', color='0.8', lw=0.6))
-        axis.set(title=host, xlabel='MAdds of the detector, G', ylabel='box mAP',
-                 xlim=(None, right + 1.2 * width))
+        host = re.sub(r'-k\d+$', '', rest if family in FAMILIES else name)
+        panels.setdefault(host, []).append(row)
+    tallest = max(map(len, panels.values()))
+    figure, axes = plt.subplots(1, len(panels), figsize=(7 * len(panels), 1.2 + 0.38 * tallest),
+                                squeeze=False, layout='constrained')
+    for axis, (host, found) in zip(axes.flat, panels.items()):
+        found.sort(key=lambda row: row['map'])
+        for place, row in enumerate(found):
+            is_static = short_name(row) == host
+            colour = '0.3' if is_static else '#0072b2'
+            axis.errorbar(row['map'], place, xerr=row['spread'], fmt='D' if is_static else 'o',
+                          color=colour, capsize=3)
+            if is_static:
+                axis.axvline(row['map'], color='0.6', lw=0.8, zorder=0)
+                if row['spread']:
+                    axis.axvspan(row['map'] - row['spread'], row['map'] + row['spread'],
+                                 color='0.92', zorder=-1)
+        axis.set_yticks(range(len(found)), [
+            f'{short_name(row)}  ({row["params"]:.1f}M, {row["gmadds"]:.2f}G)' for row in found])
+        axis.set(xlabel='box mAP (in brackets: parameters, multiply-adds)', title=host,
+                 ylim=(-0.6, len(found) - 0.4))
+        axis.margins(x=0.1)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -292,7 +299,9 @@ def draw_curves(records, path):
     """Box mAP on val, and training loss, over iterations; bands are ± a standard deviation."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout='constrained')
     names = dict.fromkeys(record['config'] for record in records)
-    for name in names:
+    styles = [dict(color=colour, ls=style) for style in ('-', '--', ':') for colour in (
+        '#0072b2', '#e69f00', '#009e73', '#d55e00', '#cc79a7', '#56b4e9', '0')]  # Okabe and Ito's
+    for name, style in zip(names, itertools.cycle(styles)):
         runs = [record for record in records
                 if record['config'] == name and record['budget'] == 'iterations']
         for axis, kind in zip(axes, ('curve', 'loss')):
@@ -303,7 +312,7 @@ def draw_curves(records, path):
             x = sorted(points)
             mean = [statistics.mean(points[i]) for i in x]
             spread = [statistics.stdev(points[i]) if len(points[i]) > 1 else 0 for i in x]
-            line, = axis.plot(x, mean, marker='o' if kind == 'curve' else '', ms=3,
+            line, = axis.plot(x, mean, marker='o' if kind == 'curve' else '', ms=3, **style,
                               label=short_name({'config': name}) if kind == 'curve' else None)
             axis.fill_between(x, [m - s for m, s in zip(mean, spread)],
                               [m + s for m, s in zip(mean, spread)], color=line.get_color(),

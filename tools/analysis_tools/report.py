@@ -12,7 +12,7 @@ from pathlib import Path
 
 import matplotlib
 import mmengine
-import numpy as np
+import torch
 from mmengine.config import Config
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
@@ -21,9 +21,15 @@ from rich.table import Table
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
+from matplotlib.lines import Line2D  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
 
-TRUE_COLOUR, PREDICTED_COLOUR = '#00e08a', '#ff9a1f'
+from mmdet_odconv.deployment.attentions import Image, judge  # noqa: E402
+
+# What each is drawn as, of colours that a colour-blind reader tells apart (Okabe and Ito).
+KINDS = {'right': ('#56b4e9', '-'), 'wrong class': ('#f0e442', '-'), 'false': ('#e69f00', '--'),
+         'missed': ('#cc79a7', ':')}
+FONT = 7  # points, of a label on a picture
 METRICS = {
     'mAP': 'AP @ IoU 0.50:0.95', 'mAP_50': 'AP @ IoU 0.50', 'mAP_75': 'AP @ IoU 0.75',
     'mAP_s': 'AP, small objects', 'mAP_m': 'AP, medium objects', 'mAP_l': 'AP, large objects'
@@ -47,42 +53,66 @@ def read_scalars(work_dir):
 
 
 def draw_curves(train, val, path):
-    """Loss over iterations, and box (and mask) mAP after every epoch."""
+    """Loss over iterations, and beside it box (and mask) mAP after every epoch."""
     iterations = sorted(train)
-    figure, loss_axis = plt.subplots(figsize=(8, 4.5), layout='constrained')
-    loss_axis.plot(iterations, [train[i]['loss'] for i in iterations], color='0.45', label='loss')
+    figure, (loss_axis, map_axis) = plt.subplots(1, 2, figsize=(9, 3.6), layout='constrained')
+    loss_axis.plot(iterations, [train[i]['loss'] for i in iterations], color='0.3')
     loss_axis.set(xlabel='iteration', ylabel='training loss', ylim=(0, None))
     last_of_epoch = {train[i]['epoch']: i for i in iterations}
     epochs = sorted(epoch for epoch in val if epoch in last_of_epoch)
-    map_axis = loss_axis.twinx()
-    for kind, colour in (('bbox', '#1f6fd6'), ('segm', '#c2410c')):
+    for kind, name, colour, above in (('bbox', 'box mAP', '#0072b2', 6),
+                                      ('segm', 'mask mAP', '#d55e00', -14)):
         points = [(last_of_epoch[epoch], val[epoch][f'coco/{kind}_mAP']) for epoch in epochs
                   if f'coco/{kind}_mAP' in val[epoch]]
         if points:
-            map_axis.plot(*zip(*points), color=colour, marker='o', label=f'{kind} mAP')
+            map_axis.plot(*zip(*points), color=colour, marker='o', label=name)
             for x, y in points:
-                map_axis.annotate(f'{y:.2f}', (x, y), (0, 6 if kind == 'bbox' else -14),
-                                  textcoords='offset points', color=colour, ha='center')
-    map_axis.set(ylabel='COCO mAP on val', ylim=(0, 1))
-    figure.legend(loc='outside upper center', ncols=3, frameon=False)
+                map_axis.annotate(f'{y:.2f}', (x, y), (0, above), textcoords='offset points',
+                                  color=colour, ha='center')
+            map_axis.legend(loc='lower right', frameon=False)
+    map_axis.set(xlabel='iteration', ylabel='COCO evaluation on val', ylim=(0, 1),
+                 xlim=loss_axis.get_xlim())
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def draw_box(axis, box, text, colour, style):
-    """One box, (x, y, w, h) in px, with its text above it, or below it at the image's top."""
-    x, y, width, height = box
-    axis.add_patch(Rectangle((x, y), width, height, fill=False, color=colour, ls=style, lw=1.4))
-    if text:
-        below = y < 14
-        axis.text(x, y + height if below else y, text, color='black', fontsize=7,
-                  va='top' if below else 'bottom',
-                  bbox=dict(facecolor=colour, edgecolor='none', pad=0.8))
+def overlap(a, b):
+    """Area that two boxes, (x1, y1, x2, y2), share."""
+    return (max(0, min(a[2], b[2]) - max(a[0], b[0]))
+            * max(0, min(a[3], b[3]) - max(a[1], b[1])))
+
+
+def place_labels(boxes, texts, width, height, letter, line):
+    """Where the label of each box goes: above, below or beside it, where it covers least.
+
+    Args:
+        boxes: (x1, y1, x2, y2) each, in px of a picture of ``width`` and ``height``.
+        texts: of the labels.
+        letter, line: width of a letter and height of a line, in the same px.
+
+    Returns:
+        (x1, y1, x2, y2) of each label; one over another, or out of the picture, counts most.
+    """
+    placed = []
+    for (x1, y1, x2, y2), text in zip(boxes, texts):
+        wide = letter * len(text)
+        corners = [(x, y) for y in (y1 - line, y2, y1, y2 - line)
+                   for x in (x1, x2 - wide, x2, x1 - wide)]
+
+        def cost(label):
+            inside = overlap(label, (0, 0, width, height))
+            outside = (label[2] - label[0]) * (label[3] - label[1]) - inside
+            return 10 * (outside + sum(overlap(label, other) for other in placed)) + sum(
+                overlap(label, other) for other in boxes)
+
+        placed.append(min(((x, y, x + wide, y + line) for x, y in corners), key=cost))
+    return placed
 
 
 def draw_predictions(predictions, coco, path, images, min_score):
-    """Contact sheet of the first validation images with true and predicted boxes and masks."""
-    names = [category['name'] for category in coco.loadCats(coco.getCatIds())]
+    """Contact sheet of the first validation images: what is right, wrong, false and missed."""
+    categories = coco.getCatIds()
+    names = [category['name'] for category in coco.loadCats(categories)]
     predictions = predictions[:images]
     columns = min(4, len(predictions))
     rows = -(-len(predictions) // columns)
@@ -91,18 +121,40 @@ def draw_predictions(predictions, coco, path, images, min_score):
     for axis in axes.flat:
         axis.axis('off')
     for axis, prediction in zip(axes.flat, predictions):
-        axis.imshow(plt.imread(prediction['img_path']))
-        for truth in coco.loadAnns(coco.getAnnIds(prediction['img_id'])):
-            draw_box(axis, truth['bbox'], None, TRUE_COLOUR, '-')
+        pixels = plt.imread(prediction['img_path'])
+        axis.imshow(pixels)
         found = prediction['pred_instances']
-        for i in np.flatnonzero(np.asarray(found['scores']) >= min_score):
-            x1, y1, x2, y2 = np.asarray(found['bboxes'][i])
-            text = f'{names[int(found["labels"][i])]} {float(found["scores"][i]):.2f}'
-            draw_box(axis, (x1, y1, x2 - x1, y2 - y1), text, PREDICTED_COLOUR, '--')
+        truth = coco.loadAnns(coco.getAnnIds(prediction['img_id'], iscrowd=False))
+        corners = [(x, y, x + w, y + h) for x, y, w, h in (one['bbox'] for one in truth)]
+        image = Image(prediction['img_path'], torch.tensor(corners).reshape(-1, 4),
+                      torch.tensor([categories.index(one['category_id']) for one in truth],
+                                   dtype=torch.long),
+                      *(torch.as_tensor(found[key]) for key in ('bboxes', 'scores', 'labels')))
+        taken, missed = judge(image, min_score)
+        shown = [('missed', corners[i], names[image.labels[i]]) for i in missed]
+        for i, true in taken.items():
+            kind = ('false' if true is None else 'right'
+                    if image.labels[true] == image.found_labels[i] else 'wrong class')
+            text = f'{names[image.found_labels[i]]} {image.found_scores[i]:.2f}'
+            shown.append((kind, tuple(image.found_boxes[i].tolist()), text))
             if 'masks' in found:
                 mask = mask_utils.decode(found['masks'][i]).astype(float)
-                axis.contour(mask, [0.5], colors=PREDICTED_COLOUR, linewidths=0.8)
-    figure.suptitle(f'true boxes: solid green; predicted, score >= {min_score}: dashed orange')
+                axis.contour(mask, [0.5], colors=KINDS[kind][0], linewidths=0.8)
+        height, width = pixels.shape[:2]
+        point = max(height, width) / 3.2 / 72  # in px of the picture
+        labels = place_labels([box for _, box, _ in shown], [text for _, _, text in shown], width,
+                              height, 0.62 * FONT * point, 1.5 * FONT * point)
+        for (kind, (x1, y1, x2, y2), text), (left, _, _, bottom) in zip(shown, labels):
+            colour, style = KINDS[kind]
+            axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour,
+                                     ls=style, lw=1.6))
+            axis.text(left, bottom, text, fontsize=FONT, va='bottom',
+                      bbox=dict(facecolor=colour, edgecolor='none', pad=0.8))
+        axis.set(xlim=(0, width), ylim=(height, 0))
+    figure.legend(handles=[Line2D([], [], color=colour, ls=style, lw=2, label=kind)
+                           for kind, (colour, style) in KINDS.items()],
+                  title=f'detections with a score of {min_score:g} or more, and objects missed',
+                  loc='outside upper center', ncols=len(KINDS), frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import signal
+import sys
 import traceback
 import warnings
 from pathlib import Path
@@ -142,6 +143,9 @@ def main():
         name = path.relative_to(root).as_posix()
         if path.parent.name != '_base_' and any(fnmatch.fnmatch(name, p) for p in args.patterns):
             alike[model_of(path)].append(name)
+    if not alike:
+        sys.exit(f'error: no config of mmdet is named like {" or ".join(args.patterns)}: give the '
+                 'folder too, such as retinanet/*.')
     args.out_dir = args.out_dir.resolve()
     args.out_dir.mkdir(parents=True, exist_ok=True)
     os.chdir(root.parent)  # some configs name their teacher's, relative to mmdet's checkout
