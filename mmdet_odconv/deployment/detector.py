@@ -4,7 +4,9 @@ It computes what the detector's own ``predict`` does for one image, without its 
 without branches on values, so that a graph drawn on one image is right for every other. Only
 detectors that are known to predict so are taken; any other is refused by the name of the part.
 """
-from typing import Any, List, Optional, Tuple
+import math
+from types import SimpleNamespace
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,9 @@ from mmdet.models import (
     BaseRoIHead,
     BBoxHead,
     CascadeRoIHead,
+    CSPNeXtPAFPN,
+    DeformableDETRHead,
+    DETRHead,
     FCNMaskHead,
     RPNHead,
     SingleRoIExtractor,
@@ -23,18 +28,24 @@ from mmdet.models import (
     YOLOXHead,
 )
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
+from mmdet.models.detectors.base_detr import DetectionTransformer
+from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
 from torch import Tensor, nn
 from torch.onnx.operators import shape_as_tensor
 
 from ..errors import InputError
+from ..ops.exported import is_exporting
 from .operators import nms, roi_align
 
 DENSE_METHODS = ('predict', 'predict_by_feat', '_predict_by_feat_single', '_bbox_post_process')
 # Parts, with the classes whose way to predict is known here, by the methods that say it.
 KNOWN = {
-    'detector': ((TwoStageDetector, ('predict', )), (SingleStageDetector, ('predict', ))),
+    'detector': tuple((cls, ('predict', )) for cls in (
+        TwoStageDetector, SingleStageDetector, DetectionTransformer)),
     'rpn_head': ((RPNHead, DENSE_METHODS), ),
     'bbox_head': ((BaseDenseHead, DENSE_METHODS), (YOLOXHead, (*DENSE_METHODS, '_bbox_decode'))),
+    'bbox_head of a DETR': tuple((cls, DENSE_METHODS[:3]) for cls in (
+        DETRHead, DeformableDETRHead)),
     'roi_head': (
         (StandardRoIHead, ('predict', 'predict_bbox', 'predict_mask', '_bbox_forward',
                            '_mask_forward')),
@@ -51,8 +62,9 @@ class TensorDetector(nn.Module):
     """The function of tensors that a detector is at inference.
 
     Args:
-        model: a detector, in evaluation mode, of two stages (Faster, Mask and Cascade R-CNN) or of
-            one whose head predicts as MMDetection's :class:`BaseDenseHead` or YOLOX's does.
+        model: a detector, in evaluation mode, of two stages (Faster, Mask and Cascade R-CNN), of
+            one whose head predicts as MMDetection's :class:`BaseDenseHead` or YOLOX's does, or a
+            DETR whose head predicts as DETR's or Deformable DETR's does.
         normalize: whether the image is as it was read, BGR values from 0 to 255, and normalising
             it is part of the function; otherwise it is normalised already.
 
@@ -69,7 +81,14 @@ class TensorDetector(nn.Module):
         self.model = model
         self.normalize = normalize
         self.two_stages = isinstance(model, TwoStageDetector)
-        if self.two_stages:
+        self.is_detr = isinstance(model, DetectionTransformer)
+        self.divisor = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
+        if self.is_detr:
+            _check('bbox_head of a DETR', model.bbox_head)
+            if self.divisor != 1:
+                raise InputError('The data_preprocessor of a DETR has pad_size_divisor='
+                                 f'{self.divisor}, whose mask cannot be exported: expected 1.')
+        elif self.two_stages:
             if not (model.with_rpn and model.with_roi_head):
                 raise InputError(f'{type(model).__name__} has no rpn_head or no roi_head, and '
                                  'cannot be exported without.')
@@ -77,6 +96,10 @@ class TensorDetector(nn.Module):
             _check_roi_head(model.roi_head)
         else:
             _check_head('bbox_head', model.bbox_head)
+            if isinstance(getattr(model, 'neck', None), CSPNeXtPAFPN):
+                # RTMDet's pipeline pads, not its preprocessor.
+                stride, _ = model.bbox_head.prior_generator.strides[-1]
+                self.divisor = math.lcm(self.divisor, stride)
         self.output_names = ['boxes', 'scores', 'labels']
         if self.two_stages and model.roi_head.with_mask:
             self.output_names.append('masks')
@@ -93,9 +116,12 @@ class TensorDetector(nn.Module):
             the image, scores (N,), labels (N,) and, where there is a mask head, the probability of
             each pixel of a grid over each box, (N, h, w).
         """
-        size = shape_as_tensor(image)[2:]
+        size = shape_as_tensor(image)[2:] if torch.jit.is_tracing() else torch.stack(
+            [torch.scalar_tensor(n, device=image.device) for n in image.shape[2:]])
         limit = size[[1, 0, 1, 0]].to(image.dtype)
         maps = self.model.extract_feat(self._padded(self._normalized(image)))
+        if self.is_detr:
+            return self._detect_by_queries(maps, image.shape[2:], limit)
         if not self.two_stages:
             return self._detect_densely(self.model.bbox_head, maps, limit)
         proposals, _, _ = self._detect_densely(self.model.rpn_head, maps, limit)
@@ -123,13 +149,29 @@ class TensorDetector(nn.Module):
         return image
 
     def _padded(self, image: Tensor) -> Tensor:
-        divisor = getattr(self.model.data_preprocessor, 'pad_size_divisor', 1)
+        divisor = self.divisor
         if divisor == 1:
             return image
-        below, right = (-image.shape[2] % divisor, -image.shape[3] % divisor) if isinstance(
-            image.shape[2], int) and not torch.jit.is_tracing() else (
-                (divisor - n % divisor) % divisor for n in image.shape[2:])
+        below, right = ((divisor - n % divisor) % divisor for n in image.shape[2:])
         return F.pad(image, (0, right, 0, below), value=self.model.data_preprocessor.pad_value)
+
+    def _detect_by_queries(self, maps: Tuple[Tensor, ...], shape: Sequence[int],
+                           limit: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        head = self.model.bbox_head
+        whole = SimpleNamespace(img_shape=shape, batch_input_shape=shape)
+        logits, boxes = (layers[-1][0] for layers in head(
+            **self.model.forward_transformer(maps, [whole])))
+        most = head.test_cfg.get('max_per_img', len(boxes))
+        if head.loss_cls.use_sigmoid:
+            scores, best = logits.sigmoid().flatten().topk(most)
+            rows = torch.div(best, logits.shape[1], rounding_mode='floor')
+            labels = best - rows * logits.shape[1]
+        else:
+            scores, labels = logits.softmax(-1)[:, :-1].max(-1)
+            scores, rows = scores.topk(most)
+            labels = labels[rows]
+        boxes = bbox_cxcywh_to_xyxy(boxes[rows]) * limit
+        return torch.minimum(boxes.clamp(min=0), limit), scores, labels
 
     @staticmethod
     def _detect_densely(head: BaseDenseHead, maps: Tuple[Tensor, ...],
@@ -201,6 +243,10 @@ class TensorDetector(nn.Module):
         position = torch.zeros_like(order).scatter(0, order, torch.arange(
             order.shape[0], device=order.device))
         features = torch.cat(pooled)[position]
+        if is_exporting() and not torch.jit.is_tracing():
+            # Numbers known when the graph runs: MMDetection's branch on "no region" wants one.
+            torch._check(features.shape[0] == rois.shape[0])
+            torch._check(features.shape[0] != 0)
         return head.shared_head(features) if head.with_shared_head else features
 
     def _masks(self, head: BaseRoIHead, maps: Tuple[Tensor, ...], boxes: Tensor,

@@ -1,7 +1,7 @@
 """COCO mAP through an exported file, by MMDetection's own test loop."""
 import copy
 import time
-from typing import Dict, List, Tuple
+from typing import Callable, Dict, List, Tuple
 
 import torch
 from mmdet.models import BaseDetector, FCNMaskHead
@@ -12,7 +12,6 @@ from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from .export import Runtime
 
 
 class Timed(nn.Module):
@@ -35,13 +34,13 @@ class ExportedDetector(nn.Module):
     """An exported file where MMDetection expects a detector.
 
     Args:
-        runtime: the file.
+        runtime: the file (a :class:`~.export.Runtime`), or another that answers as it does.
         data_preprocessor: of the detector; what it does to an image, but for padding, is done.
         normalize: whether the file does that itself.
         mask_threshold: probability from which a pixel belongs to a mask.
     """
 
-    def __init__(self, runtime: Runtime, data_preprocessor: BaseDataPreprocessor,
+    def __init__(self, runtime: Callable, data_preprocessor: BaseDataPreprocessor,
                  normalize: bool = False, mask_threshold: float = 0.5) -> None:
         super().__init__()
         self.runtime, self.normalize = runtime, normalize

@@ -9,6 +9,7 @@ from typing import Dict, List, Sequence, Tuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from mmcv.ops import MultiScaleDeformableAttention
 from mmcv.transforms import Compose
 from mmdet.models import BaseDetector
 from mmengine.config import Config
@@ -20,9 +21,9 @@ from ..checkpoints.files import halved, writing
 from ..checkpoints.swapping import build_model
 from ..errors import InputError
 from .detector import TensorDetector
-from .operators import OPSET
+from .operators import OPSET, linspace_of_one_step
 
-FORMATS = ('onnx', 'torchscript')
+FORMATS = {'onnx': '.onnx', 'pt2': '.pt2', 'torchscript': '.pt'}  # and how their files end
 MIN_HALVED = 64  # elements, from which a cast is worth its node
 # What a runtime's rounding may change of a box (px) and of a score or a mask's pixel.
 BOX_TOLERANCE, SCORE_TOLERANCE = 0.1, 1e-3
@@ -59,7 +60,9 @@ def export_detector(detector: TensorDetector, path: Path, images: Sequence[Tenso
         detector: what is written.
         path: file to write.
         images: (1, 3, H, W) each: the graph is drawn on the first, and checked on all.
-        format: 'onnx', or 'torchscript', which needs ``import mmdet_odconv`` where it is loaded.
+        format: 'onnx'; or 'pt2', a program of torch.export, or 'torchscript', which both need
+            ``import mmdet_odconv`` where they are loaded. A program fixes which levels of the
+            pyramid are one cell wide or high, as they are for the first image.
         opset: ONNX's version of operators, at least 16.
         check: run the file and :func:`compare` it with the detector.
         force: replace a file that exists.
@@ -71,9 +74,12 @@ def export_detector(detector: TensorDetector, path: Path, images: Sequence[Tenso
         What :func:`compare` found.
 
     Raises:
-        InputError: if the file cannot be written, differs from the detector, or ``opset`` is too
-            old.
+        InputError: if the file cannot be written, differs from the detector, or has a name that
+            does not end as its format's do, or if ``opset`` is too old.
     """
+    if path.suffix != FORMATS[format]:
+        raise InputError(f'{path} is to be of {format}, whose files end in {FORMATS[format]} here: '
+                         'give such a name.')
     if opset < OPSET:
         raise InputError(f'opset is {opset}, where at least {OPSET} was expected, the first whose '
                          'RoiAlign knows where pixels are.')
@@ -87,19 +93,39 @@ def export_detector(detector: TensorDetector, path: Path, images: Sequence[Tenso
         image = images[0]
         if format == 'torchscript':
             torch.jit.trace(detector, image, check_trace=False).save(str(temporary))
-            return compare(detector, Runtime(temporary), images) if check else []
-        write_onnx(detector, image, temporary, detector.output_names, {0: 'detections'}, opset)
-        if half:
-            store_halves(temporary)
+        elif format == 'pt2':
+            torch.export.save(as_program(detector, image), temporary)
+        else:
+            write_onnx(detector, image, temporary, detector.output_names, {0: 'detections'}, opset)
+            if half:
+                store_halves(temporary)
         return compare(detector, Runtime(temporary), images) if check else []
+
+
+def as_program(detector: TensorDetector, image: Tensor) -> torch.export.ExportedProgram:
+    """A detector as torch.export draws it, for one image of other heights and widths, too.
+
+    Raises:
+        InputError: if it has multi-scale deformable attention, or torch is older than 2.7.
+    """
+    if not hasattr(torch.compiler, 'is_exporting'):
+        raise InputError(f'pt2 needs torch 2.7, and this is {torch.__version__}: use onnx.')
+    for name, module in detector.model.named_modules():
+        if isinstance(module, MultiScaleDeformableAttention):
+            raise InputError(f'{name} is multi-scale deformable attention, which takes sizes of '
+                             'maps from tensors and cannot be exported as pt2: use onnx.')
+    size = torch.export.Dim.DYNAMIC
+    return torch.export.export(detector, (image, ), dynamic_shapes=({2: size, 3: size}, ),
+                               strict=False)
 
 
 def write_onnx(module: nn.Module, image: Tensor, path: Path, names: Sequence[str],
                output_axes: Dict[int, str], opset: int = 17) -> None:
     """Write a function of one image, (1, 3, H, W) of any size, and its outputs' names and axes."""
     axes = {'image': {2: 'height', 3: 'width'}, **dict.fromkeys(names, output_axes)}
-    torch.onnx.export(module, (image, ), str(path), dynamo=False, opset_version=opset,
-                      input_names=['image'], output_names=list(names), dynamic_axes=axes)
+    with linspace_of_one_step(opset):
+        torch.onnx.export(module, (image, ), str(path), dynamo=False, opset_version=opset,
+                          input_names=['image'], output_names=list(names), dynamic_axes=axes)
 
 
 def store_halves(path: Path) -> None:
@@ -128,7 +154,7 @@ class Runtime:
     """An exported file, run on the CPU by as many threads as torch has.
 
     Args:
-        path: of a file that ends in .onnx, or else of TorchScript, which torch runs.
+        path: of a file that ends in .onnx, or else in .pt2 or .pt, which torch runs.
         engine: of ONNX, 'onnxruntime' or 'openvino'.
 
     Raises:
@@ -136,8 +162,9 @@ class Runtime:
     """
 
     def __init__(self, path: Path, engine: str = 'onnxruntime') -> None:
-        if path.suffix != '.onnx':
-            self._run = torch.jit.load(str(path))
+        if path.suffix != FORMATS['onnx']:
+            self._run = (torch.export.load(path).module() if path.suffix == FORMATS['pt2'] else
+                         torch.jit.load(str(path)))
             return
         try:
             module = importlib.import_module(engine)
@@ -159,8 +186,16 @@ class Runtime:
 
     @torch.no_grad()
     def __call__(self, image: Tensor) -> List[Tensor]:
-        """What the exported module answers, of an image (1, 3, H, W)."""
-        return list(self._run(image))
+        """What the exported module answers, of an image (1, 3, H, W).
+
+        Raises:
+            InputError: if the file is a program that takes no image of that size.
+        """
+        try:
+            return list(self._run(image))
+        except AssertionError as error:  # so torch answers a size that it guards against
+            raise InputError(f'The file takes no image of {image.shape[3]}x{image.shape[2]}: '
+                             f'{error}. Give a larger first image.') from error
 
 
 def compare(detector: TensorDetector, runtime: Runtime,
@@ -176,9 +211,8 @@ def compare(detector: TensorDetector, runtime: Runtime,
             expected = detector(image)
         got = runtime(image)
         size = f'{image.shape[3]}x{image.shape[2]}'
-        boxes, labels = (torch.cdist(a.double().view(len(a), -1), b.double().view(len(b), -1),
-                                     p=float('inf')) for a, b in (
-            (expected[0], got[0]), (expected[2], got[2])))
+        boxes, labels = (torch.cdist(a.double(), b.double(), p=float('inf')) for a, b in (
+            (expected[0], got[0]), (expected[2][:, None], got[2][:, None])))
         # By place and label: scores that differ by a rounding may change places.
         same = (boxes + labels.sign() * 1e6).argmin(1) if len(got[0]) else got[2]
         if len(got[0]) != len(expected[0]):

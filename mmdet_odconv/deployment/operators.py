@@ -1,8 +1,13 @@
 """mmcv's NMS and RoIAlign as operators that graphs can hold, and what they are in ONNX.
 
 mmcv calls its compiled functions out of sight of any tracer. mmcv's own ONNX symbolic for RoIAlign
-subtracts half a pixel, which ONNX's operator does itself from opset 16 on.
+subtracts half a pixel, which ONNX's operator does itself from opset 16 on. torch's own symbolic
+for ``linspace`` divides zero by zero where one step is asked for, as DETRs do for a level that is
+one cell wide.
 """
+import contextlib
+from typing import Iterator
+
 import mmcv.ops
 import torch
 from torch import Tensor
@@ -65,6 +70,27 @@ def _roi_align_to_onnx(g, maps, rois, height, width, spatial_scale, sampling_rat
         coordinate_transformation_mode_s='half_pixel' if aligned else 'output_half_pixel',
         mode_s='avg', output_height_i=height, output_width_i=width,
         sampling_ratio_i=max(0, sampling_ratio), spatial_scale_f=spatial_scale)
+
+
+@symbolic_helper.parse_args('v', 'v', 'v', 'i', 'i', 'v', 'i')
+def _linspace_to_onnx(g, start, end, steps, dtype, layout, device, pin_memory):
+    def number(value):
+        return g.op('Cast', value, to_i=torch.onnx.TensorProtoDataType.FLOAT)
+
+    zero, one = (g.op('Constant', value_t=torch.tensor(value)) for value in (0, 1))
+    gaps = g.op('Max', g.op('Sub', steps, one), one)
+    step = g.op('Div', g.op('Sub', number(end), number(start)), number(gaps))
+    return g.op('Add', g.op('Mul', number(g.op('Range', zero, steps, one)), step), number(start))
+
+
+@contextlib.contextmanager
+def linspace_of_one_step(opset: int) -> Iterator[None]:
+    """Write ``torch.linspace`` in the place of torch's own symbolic, in graphs of this opset."""
+    torch.onnx.register_custom_op_symbolic('aten::linspace', _linspace_to_onnx, opset)
+    try:
+        yield
+    finally:
+        torch.onnx.unregister_custom_op_symbolic('aten::linspace', opset)
 
 
 torch.onnx.register_custom_op_symbolic('mmdet_odconv::nms', _nms_to_onnx, OPSET)

@@ -1,11 +1,12 @@
 """A dynamic network and its static counterpart, side by side in every way to run them."""
 import copy
+import importlib.util
 import statistics
 import tempfile
 import time
 import warnings
 from pathlib import Path
-from typing import Callable, Dict, List, Sequence, Tuple
+from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from mmdet.models import BaseDetector
@@ -16,39 +17,48 @@ from ..checkpoints.inflation import load_static
 from ..checkpoints.swapping import build_model, make_static
 from ..errors import InputError
 from .detector import TensorDetector
-from .export import Runtime, write_onnx
+from .evaluation import ExportedDetector, evaluate
+from .export import Runtime, load_detector, write_onnx
 from .fusion import fuse
 
 FORMATS = ('eager', 'compile', 'onnxruntime', 'openvino')
 TOLERANCE = 1e-3  # of a map, relative to its largest value
 
 
-def counterparts(config: Config, part: str) -> Dict[str, nn.Module]:
+def counterparts(config: Config, part: str,
+                 checkpoints: Optional[Mapping[str, str]] = None) -> Dict[str, nn.Module]:
     """A config's backbone or detector with static layers, 'static', and as it is, 'dynamic'.
 
-    Both are fused. The weights are random, those of the dynamic one inflated from the static ones,
-    so that both find the same.
+    Both are fused. Without checkpoints the weights are random, those of the dynamic one inflated
+    from the static ones, so that both find the same.
 
     Args:
         config: of a detector with dynamic layers.
         part: 'backbone' or 'detector'.
+        checkpoints: by name, of the detectors whose weights are to be read.
     """
+    checkpoints = checkpoints or {}
     config = copy.deepcopy(config)
     config.model.backbone.init_cfg = None
     dynamic = build_model(config)
+    if 'dynamic' in checkpoints:
+        dynamic, _ = load_detector(config, checkpoints['dynamic'])
     make_static(config.model)
     static = build_model(config)
     for module in static.modules():
         if isinstance(module, nn.Conv2d):  # so that maps neither vanish nor overflow
             nn.init.kaiming_normal_(module.weight, nonlinearity='relu')
-    load_static(dynamic, static.state_dict())
+    if 'static' in checkpoints:
+        static, _ = load_detector(config, checkpoints['static'])
+    if 'dynamic' not in checkpoints:
+        load_static(dynamic, static.state_dict())
     models: Dict[str, BaseDetector] = dict(static=fuse(static.eval()), dynamic=fuse(dynamic.eval()))
     return {name: model.backbone if part == 'backbone' else TensorDetector(model)
             for name, model in models.items()}
 
 
 def time_formats(models: Dict[str, nn.Module], image: Tensor, formats: Sequence[str] = FORMATS,
-                 rounds: int = 10) -> List[dict]:
+                 rounds: int = 10, score: Optional[Callable] = None) -> List[dict]:
     """Run each model in each format, in turn, and compare what it answers with torch's own.
 
     Args:
@@ -56,14 +66,17 @@ def time_formats(models: Dict[str, nn.Module], image: Tensor, formats: Sequence[
         image: (1, 3, H, W).
         formats: of :data:`FORMATS`.
         rounds: how often each is run.
+        score: what is run is given to it at last, for the row's mAP.
 
     Returns:
         A row for each format and model: format, model, ms (median over rounds), MB (of weights,
-        or of the file) and error (largest of any output, relative to the output's largest value).
+        or of the file), error (largest of any output, relative to the output's largest value) and
+        what ``score`` says. Formats whose runtime is not installed have none.
 
     Raises:
-        InputError: if a format's runtime is not installed, or answers something else.
+        InputError: if a format's runtime answers something else.
     """
+    formats = [kind for kind in formats if is_installed(kind)]
     rows: List[dict] = []
     runs: List[Callable] = []
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
@@ -85,7 +98,23 @@ def time_formats(models: Dict[str, nn.Module], image: Tensor, formats: Sequence[
                 row['ms'].append(1000 * (time.perf_counter() - start))
     for row in rows:
         row['ms'] = statistics.median(row['ms'])
+    if score is not None:
+        for row, run in zip(rows, runs):
+            row['mAP'] = score(run)
     return rows
+
+
+def is_installed(kind: str) -> bool:
+    """Whether what runs a format is here."""
+    return kind in ('eager', 'compile') or importlib.util.find_spec(kind) is not None
+
+
+def mean_average_precision(config: Config, model: TensorDetector, run: Callable) -> float:
+    """COCO box mAP on a config's test set of what runs a detector of its."""
+    detector = ExportedDetector(run, model.model.data_preprocessor)
+    with tempfile.TemporaryDirectory() as work_dir:
+        (metrics, _), = evaluate(config, {'': detector}, work_dir).values()
+    return metrics['coco/bbox_mAP']
 
 
 def _prepared(kind: str, model: nn.Module, image: Tensor, path: Path) -> Tuple[Callable, int]:

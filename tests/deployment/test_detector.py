@@ -1,22 +1,25 @@
-"""Detectors of one stage as functions of tensors: what MMDetection's own predict answers."""
+"""Detectors of one stage and DETRs as functions of tensors and as files: what predict answers."""
 import re
 
 import digits
 import pytest
 import torch
 import torch.nn.functional as F
+from mmdet.models import ConditionalDETRHead
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
+from mmengine.hub import get_config
 from torch import nn
 
 from mmdet_odconv import InputError
 from mmdet_odconv.checkpoints.swapping import build_model
 from mmdet_odconv.deployment.detector import TensorDetector
-from mmdet_odconv.deployment.export import compare, export_detector
+from mmdet_odconv.deployment.export import Runtime, compare, export_detector
 from mmdet_odconv.layers import DynamicConv2d
 
 RESNET = dict(
-    backbone=dict(depth=18, base_channels=8, stem_channels=8, kernel_num=2, init_cfg=None),
+    backbone=dict(depth=10, base_channels=8, stem_channels=8, kernel_num=2, init_cfg=None,
+                  dynamic_convs='layer4.*'),  # each costs an exporter a fifth of a second
     neck=dict(in_channels=[8, 16, 32, 64], out_channels=16))
 CSP = dict(backbone=dict(deepen_factor=0.1, widen_factor=0.125),
            neck=dict(in_channels=[32, 64, 128], out_channels=16, num_csp_blocks=1))
@@ -26,8 +29,11 @@ ONE_STAGE = {
     'atss_od-r50-k4_fpn_1x_coco': RESNET, 'rtmdet_tiny-odconv-k1_8xb32-300e_coco': CSP,
     'yolox_tiny-odconv-k1_8xb8-300e_coco': CSP,
 }
+DETRS = ['detr/detr_r50_8xb2-150e_coco.py', 'deformable_detr/deformable-detr_r50_16xb2-50e_coco.py',
+         'dino/dino-4scale_r50_8xb2-12e_coco.py']
+# Of the last, no side is a multiple of anything, and a level of 64 px is one cell high.
 IMAGES = [torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
-          for size in ((96, 128), (160, 64))]
+          for size in ((96, 128), (160, 64), (61, 139))]
 
 
 def one_stage(name, **changes):
@@ -67,31 +73,89 @@ def spread(model):
             module.bias.data.fill_(-1)
 
 
+def detr(name):
+    """Of one layer each, with weights that tell queries and images apart."""
+    config = get_config(f'mmdet::{name}')
+    multi_scale = not name.startswith('detr/')
+    width = 256 if name.startswith('dino') else 16
+    layer = {kind: dict(embed_dims=width, num_heads=4) for kind in ('self_attn_cfg',
+                                                                    'cross_attn_cfg')}
+    layer['ffn_cfg'] = dict(embed_dims=width, feedforward_channels=16)
+    coders = [dict(num_layers=1, layer_cfg={kind: layer[kind] for kind in config.model[
+        coder].layer_cfg if kind in layer}) for coder in ('encoder', 'decoder')]
+    config.merge_from_dict(dict(model=dict(
+        backbone=dict(RESNET['backbone'], type='ODResNet'), encoder=coders[0], decoder=coders[1],
+        neck=dict(in_channels=[16, 32, 64] if multi_scale else [64], out_channels=width,
+                  norm_cfg=dict(num_groups=4) if multi_scale else None),
+        positional_encoding=dict(num_feats=width // 2), num_queries=20,
+        bbox_head=dict(embed_dims=width, num_classes=5), test_cfg=dict(max_per_img=20))))
+    if name.startswith('dino'):
+        config.model.as_two_stage = True
+    model = build_model(config).eval()
+    if multi_scale:
+        nn.init.normal_(model.level_embed)  # which is whatever the memory held
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and ('_fc' in name or not name.startswith('backbone')):
+            alpha = 2 / width**0.5 if 'cls' in name else 0.5 if 'coder' in name else 0.05
+            parameter.data.add_(torch.randn_like(parameter), alpha=alpha)
+    return model
+
+
 @torch.no_grad()
-def predict(model, image):
-    divisor = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
+def predict(model, image, divisor=None):
+    divisor = divisor or getattr(model.data_preprocessor, 'pad_size_divisor', 1)
     height, width = image.shape[2:]
-    sample = DetDataSample(metainfo=dict(img_shape=(height, width), scale_factor=(1, 1)))
     padded = F.pad(image, (0, -width % divisor, 0, -height % divisor),
                    value=model.data_preprocessor.pad_value)
+    sample = DetDataSample(metainfo=dict(
+        img_shape=(height, width), batch_input_shape=padded.shape[2:], scale_factor=(1, 1)))
     return model.predict(padded, [sample])[0].pred_instances
+
+
+def check_against_predict(detector, predictions, least_labels):
+    for image, expected in zip(IMAGES, predictions):
+        with torch.no_grad():
+            boxes, scores, labels = detector(image)
+        assert len(boxes) > 9 and len(labels.unique()) >= least_labels and scores[0] < 1 - 1e-6
+        torch.testing.assert_close(boxes, expected.bboxes)
+        torch.testing.assert_close(scores, expected.scores)
+        assert torch.equal(labels, expected.labels)
 
 
 @pytest.mark.parametrize('name', ONE_STAGE)
 def test_one_stage(name, tmp_path):
+    """RTMDet's file pads itself, which in MMDetection the pipeline does."""
     model = one_stage(name)
+    expected = [predict(model, x, 32 if name.startswith('rtmdet') else None) for x in IMAGES]
     detector = TensorDetector(model)
-    for image in IMAGES:
-        expected = predict(model, image)
-        with torch.no_grad():
-            boxes, scores, labels = detector(image)
-        assert len(boxes) > 9 and len(labels.unique()) > 2 and scores[0] < 1 - 1e-6
-        torch.testing.assert_close(boxes, expected.bboxes)
-        torch.testing.assert_close(scores, expected.scores)
-        assert torch.equal(labels, expected.labels)
-    if name.startswith(('retinanet', 'yolox')):
+    check_against_predict(detector, expected, 3)
+    found = export_detector(detector, tmp_path / 'model.onnx', IMAGES)
+    assert [f['detections'] for f in found] == [len(e.bboxes) for e in expected]
+
+
+@pytest.mark.parametrize('name', DETRS)
+def test_detr(name, tmp_path):
+    model = detr(name)
+    detector = TensorDetector(model)
+    check_against_predict(detector, [predict(model, x) for x in IMAGES],
+                          2 if name.startswith('deformable') else 1)
+    if not name.startswith('dino'):
         found = export_detector(detector, tmp_path / 'model.onnx', IMAGES)
-        assert [f['detections'] for f in found] == [len(predict(model, x).bboxes) for x in IMAGES]
+        assert [f['detections'] for f in found] == [20] * len(IMAGES)
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, 'is_exporting'), reason='torch before 2.7')
+def test_program(tmp_path):
+    """Drawn by torch.export, for sizes whose map is two cells wide and high or more."""
+    detector = TensorDetector(detr(DETRS[0]))
+    found = export_detector(detector, tmp_path / 'model.pt2', IMAGES, 'pt2')
+    assert [f['detections'] for f in found] == [20] * len(IMAGES)
+    with pytest.raises(InputError, match='^The file takes no image of 128x30: Guard failed'):
+        Runtime(tmp_path / 'model.pt2')(IMAGES[0][:, :, :30])
+    with pytest.raises(InputError, match=r'^encoder.layers.0.self_attn is multi-scale deformable'):
+        export_detector(TensorDetector(detr(DETRS[1])), tmp_path / 'detr.pt2', IMAGES, 'pt2')
+    with pytest.raises(InputError, match=r'model.bin is to be of onnx, whose files end in .onnx'):
+        export_detector(detector, tmp_path / 'model.bin', IMAGES)
 
 
 def test_what_predicts_in_a_way_of_its_own_is_named():
@@ -106,14 +170,25 @@ def test_what_predicts_in_a_way_of_its_own_is_named():
         TensorDetector(model)
     with pytest.raises(ValueError, match='^The detector is in training mode'):
         TensorDetector(model.train())
+    with pytest.raises(InputError, match='^The bbox_head of a DETR is a ConditionalDETRHead, '):
+        model = detr(DETRS[0])
+        model.bbox_head.__class__ = ConditionalDETRHead
+        TensorDetector(model)
+    model = detr(DETRS[0])
+    model.data_preprocessor.pad_size_divisor = 32
+    with pytest.raises(InputError, match='^The data_preprocessor of a DETR has pad_size_divi'):
+        TensorDetector(model)
     with pytest.raises(InputError, match='^The detector is a Conv2d, which predicts in a way'):
         TensorDetector(nn.Conv2d(3, 8, 1).eval())
 
 
 def test_what_differs_is_told_apart():
-    """Fewer detections, and as many in other places."""
+    """Fewer detections, and as many in other places; none are equal to none."""
     detector = TensorDetector(one_stage('retinanet_od-r50-k4_fpn_1x_coco'))
     with pytest.raises(InputError, match='^The file detects 7 objects in an image of 128x96, and'):
         compare(detector, lambda x: [out[:7] for out in detector(x)], IMAGES[:1])
     with pytest.raises(InputError, match='^The file differs from the detector in an image of'):
         compare(detector, lambda x: [out[:1].expand_as(out) for out in detector(x)], IMAGES[:1])
+    detector.model.bbox_head.test_cfg.score_thr = 1
+    (found, ) = compare(detector, detector, IMAGES[:1])
+    assert found['detections'] == found['boxes'] == 0

@@ -1,11 +1,16 @@
 """Time a config's network in every way to run it, beside its static counterpart.
 
     python tools/deployment/benchmark.py CONFIG [--part backbone|detector] [--size 224 320]
+    python tools/deployment/benchmark.py CONFIG --checkpoint FILE [--static FILE]
 
 Both are fused, have random weights and take one image; each answers what it does in PyTorch, or
-the command says so. Milliseconds are medians of rounds in which all take turns.
+the command says so. Milliseconds are medians of rounds in which all take turns. --checkpoint is
+of the config's detector and --static of its counterpart; then whole detectors are timed, and
+COCO mAP on the config's test set is computed through each format. Without --checkpoint, the
+dynamic detector is inflated from the static one.
 """
 import argparse
+import functools
 
 import torch
 from mmengine.config import Config
@@ -13,7 +18,13 @@ from rich.console import Console
 from rich.table import Table
 
 from mmdet_odconv import config_path
-from mmdet_odconv.deployment.timing import FORMATS, counterparts, time_formats
+from mmdet_odconv.deployment.timing import (
+    FORMATS,
+    counterparts,
+    is_installed,
+    mean_average_precision,
+    time_formats,
+)
 from mmdet_odconv.engine.launch import errors_explained
 
 
@@ -25,20 +36,33 @@ def main():
     parser.add_argument('--size', type=int, nargs=2, default=(224, 320), metavar=('H', 'W'))
     parser.add_argument('--formats', nargs='+', choices=FORMATS, default=FORMATS)
     parser.add_argument('--rounds', type=int, default=10)
+    parser.add_argument('--checkpoint', metavar='FILE', help='of the dynamic detector')
+    parser.add_argument('--static', metavar='FILE', help='checkpoint of the static detector')
     args = parser.parse_args()
+    checkpoints = {name: file for name, file in (('dynamic', args.checkpoint),
+                                                 ('static', args.static)) if file}
+    if checkpoints:
+        args.part = 'detector'
     with errors_explained():
         torch.manual_seed(0)
-        models = counterparts(Config.fromfile(config_path(args.config)), args.part)
-        rows = time_formats(models, torch.randn(1, 3, *args.size), args.formats, args.rounds)
+        config = Config.fromfile(config_path(args.config))
+        models = counterparts(config, args.part, checkpoints)
+        score = functools.partial(mean_average_precision, config, models['dynamic'])
+        rows = time_formats(models, torch.randn(1, 3, *args.size), args.formats, args.rounds,
+                            score if checkpoints else None)
     static = {row['format']: row['ms'] for row in rows if row['model'] == 'static'}
     table = Table(title=f'{args.part}, one image of {args.size[0]}x{args.size[1]}, '
                         f'{torch.get_num_threads()} threads')
-    for column in ('format', 'model', 'ms', 'of static', 'MB', 'error'):
+    for column in ('format', 'model', 'ms', 'of static', 'MB', 'error', *(
+            ['mAP'] if checkpoints else [])):
         table.add_column(column, justify='left' if column in ('format', 'model') else 'right')
     for row in rows:
         table.add_row(row['format'], row['model'], f'{row["ms"]:.1f}',
                       f'{row["ms"] / static[row["format"]]:.2f}', f'{row["MB"]:.1f}',
-                      f'{row["error"]:.0e}')
+                      f'{row["error"]:.0e}', *([f'{row["mAP"]:.3f}'] if checkpoints else []))
+    for kind in args.formats:
+        if not is_installed(kind):
+            table.add_row(kind, 'not installed')
     Console().print(table)
 
 

@@ -36,7 +36,7 @@ def main():
     parser.add_argument('config', metavar='CONFIG')
     parser.add_argument('checkpoint', metavar='CHECKPOINT')
     parser.add_argument('--out', type=Path, required=True, metavar='FILE')
-    parser.add_argument('--format', choices=(*FORMATS, 'pt2'), default='onnx')
+    parser.add_argument('--format', choices=FORMATS, default='onnx')
     parser.add_argument('--opset', type=int, default=17, help="ONNX's, at least 16")
     parser.add_argument('--fuse', action='store_true', help='fold norms into convolutions first')
     parser.add_argument('--half', action='store_true',
@@ -52,10 +52,9 @@ def main():
     parser.add_argument('--force', action='store_true', help='replace files that exist')
     args = parser.parse_args()
     with errors_explained():
-        if args.format == 'pt2' or args.batch == 'dynamic':
-            asked = '--format pt2' if args.format == 'pt2' else '--batch dynamic'
-            raise InputError(f'{asked} is not for whole detectors, whose number of boxes depends '
-                             'on the image: export the backbone with torch.export or '
+        if args.batch == 'dynamic':
+            raise InputError('--batch dynamic is not for whole detectors, whose number of boxes '
+                             'depends on the image: export the backbone with torch.export or '
                              'torch.onnx.export, as docs/guides/deployment.md shows.')
         described = args.out.with_suffix('.json')
         for file in (args.out, described):
