@@ -13,7 +13,6 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 
-
 class Timed(nn.Module):
     """Measures a detector, by calls of its ``test_step``."""
 
