@@ -1,9 +1,10 @@
-"""Draw what a detector finds in your pictures, and write it down.
+"""Draw what a detector finds in your pictures or video, and write it down.
 
-    mim run mmdet_odconv image_demo IMAGE_OR_FOLDER CONFIG --weights FILE --out DIR
+    mim run mmdet_odconv image_demo IMAGE_FOLDER_OR_VIDEO CONFIG --weights FILE --out DIR
 
 CONFIG is a path or the bare name of one of the plugin's. Pictures go to DIR/vis, predictions (all
-of them, boxes in pixels, masks run-length encoded) to DIR/preds.
+of them, boxes in pixels, masks run-length encoded) to DIR/preds; of a video, MP4 or AVI, a video,
+and a list of predictions, one a frame.
 """
 import argparse
 
@@ -14,7 +15,7 @@ from mmdet_odconv.engine.launch import errors_explained
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('inputs', metavar='IMAGE_OR_FOLDER')
+    parser.add_argument('inputs', metavar='IMAGE_FOLDER_OR_VIDEO')
     parser.add_argument('config', metavar='CONFIG')
     parser.add_argument('--weights', required=True, metavar='FILE')
     parser.add_argument('--out', default='outputs', metavar='DIR')
@@ -25,7 +26,7 @@ def main():
     with errors_explained():
         images = detect(args.inputs, args.config, args.weights, args.out, args.score,
                         args.batch_size, args.device)
-        print(f'{images} images: see {args.out}/vis and {args.out}/preds')
+        print(f'{images} images or frames: see {args.out}/vis and {args.out}/preds')
 
 
 if __name__ == '__main__':

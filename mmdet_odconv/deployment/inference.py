@@ -1,12 +1,18 @@
-"""Detections on one's own pictures, and the plugin's configs by name."""
+"""Detections on one's own pictures and videos, and the plugin's configs by name."""
+import json
 from pathlib import Path
 from typing import Optional
 
+import cv2
+import mmcv
 from mmengine.config.utils import MODULE2PACKAGE
+from rich.progress import track
 
 from ..checkpoints import read_weights
 from ..engine.launch import find_config
 from ..errors import InputError
+
+CODECS = {'.mp4': 'mp4v', '.avi': 'MJPG'}  # of videos, by how their files end
 
 
 def config_path(name: str) -> str:
@@ -36,29 +42,53 @@ def detect(inputs: str, config: str, weights: str, out_dir: str, score: float = 
     """Write pictures with detections to ``out_dir``/vis, and predictions as JSON to /preds.
 
     Args:
-        inputs: an image, or a folder of images.
+        inputs: an image, a folder of images, or a video, of which a video with detections is
+            written, and a list of predictions, one a frame.
         config: a path, or the name of one of the plugin's.
         weights: checkpoint of the config's detector.
         out_dir: folder to write to.
         score: from which a detection is drawn; the JSON holds all.
-        batch_size: images at a time.
+        batch_size: images at a time; of a video, one.
         device: such as 'cuda:0'; a GPU if there is one, where not given.
 
     Returns:
-        The number of images.
+        The number of images or frames.
 
     Raises:
         InputError: if there is no image, or a file of that kind cannot be read.
     """
     from mmdet.apis import DetInferencer  # slow to import
     if not Path(inputs).exists():
-        raise InputError(f'{inputs} does not exist: give an image, or a folder of images.')
+        raise InputError(f'{inputs} does not exist: give an image, a folder of images or a video.')
     path = config_path(config)
     read_weights(weights)  # which refuses in one sentence what MMEngine fails on or only logs
     inferencer = DetInferencer(path, weights, device)
+    if Path(inputs).suffix.lower() in CODECS:
+        return _detect_in_video(inferencer, Path(inputs), Path(out_dir), score)
     files = inferencer._inputs_to_list(str(inputs))
     if not files:
-        raise InputError(f'{inputs} holds no image: give an image, or a folder of images.')
+        raise InputError(f'{inputs} holds no image: give an image, a folder of images or a video.')
     inferencer(files, batch_size=batch_size, out_dir=str(out_dir), pred_score_thr=score,
                no_save_pred=False)
     return len(files)
+
+
+def _detect_in_video(inferencer, path: Path, out_dir: Path, score: float) -> int:
+    """As :func:`detect`."""
+    video = mmcv.VideoReader(str(path))
+    if video.frame_cnt < 1:
+        raise InputError(f'{path} could not be read as a video: give one in MP4 or AVI.')
+    for folder in ('vis', 'preds'):
+        (out_dir / folder).mkdir(parents=True, exist_ok=True)
+    inferencer.show_progress = False  # of each frame
+    writer = cv2.VideoWriter(str(out_dir / 'vis' / path.name),
+                             cv2.VideoWriter_fourcc(*CODECS[path.suffix.lower()]), video.fps,
+                             video.resolution)
+    predictions = []
+    for frame in track(video, 'Inference'):
+        found = inferencer(frame, return_vis=True, pred_score_thr=score)
+        predictions += found['predictions']
+        writer.write(found['visualization'][0])
+    writer.release()
+    (out_dir / 'preds' / f'{path.stem}.json').write_text(json.dumps(predictions))
+    return len(predictions)

@@ -5,22 +5,27 @@ import re
 import runpy
 import sys
 
+import cv2
 import digits
+import mmcv
+import numpy as np
 import pytest
 import torch
+from mmdet.apis import inference_detector
 from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 
 import mmdet_odconv
 from mmdet_odconv.checkpoints.swapping import build_model
+from mmdet_odconv.deployment.detector import TensorDetector
 from mmdet_odconv.deployment.evaluation import ExportedDetector
 from mmdet_odconv.deployment.export import Runtime
 
 CONFIG = """
 _base_ = {base!r}
 model = dict(
-    backbone=dict(base_channels=8, stem_channels=8, kernel_num=2),
+    backbone=dict(depth=10, base_channels=8, stem_channels=8, kernel_num=2),
     neck=dict(in_channels=[8, 16, 32, 64]), test_cfg=dict(rcnn=dict(max_per_img=20)))
 test_dataloader = dict(batch_size=2)
 """
@@ -103,8 +108,12 @@ def test_onnx(root, export, kind, options):
             assert (found.masks != wanted.masks).float().mean() < 1e-3
 
 
-def test_torchscript(export):
-    code, said = export('faster.py', 'faster.pth', '--out', 'script.pt', '--format', 'torchscript')
+@pytest.mark.parametrize(('file', 'format'), [
+    ('script.pt', 'torchscript'), ('program.pt2', 'pt2')])
+def test_for_torch(export, file, format):
+    if format == 'pt2' and not hasattr(torch.compiler, 'is_exporting'):
+        pytest.skip('torch before 2.7')
+    code, said = export('faster.py', 'faster.pth', '--out', file, '--format', format, '--fuse')
     assert code is None and said.count('20 detections equal') == 2
 
 
@@ -129,9 +138,8 @@ def test_what_cannot_be_exported_is_named(root, export):
         'error: opset is 15, where at least 16')
     assert refused('faster.py', 'faster.pth', '--format', 'torchscript', '--half').startswith(
         'error: half is for onnx, and the format is torchscript')
-    for asked in ('--format pt2', '--batch dynamic'):
-        assert refused('faster.py', 'faster.pth', *asked.split()).startswith(
-            f'error: {asked} is not for whole detectors, whose number of boxes depends')
+    assert refused('faster.py', 'faster.pth', '--batch', 'dynamic').startswith(
+        'error: --batch dynamic is not for whole detectors, whose number of boxes depends')
     assert refused('mask.py', 'faster.pth').startswith('error: faster.pth lacks ')
     (root / 'rpn.py').write_text(
         "_base_ = './faster.py'\nmodel = dict(roi_head=dict(bbox_roi_extractor=dict("
@@ -143,7 +151,7 @@ def test_what_cannot_be_exported_is_named(root, export):
 def test_image_demo(root, run):
     code, said = run('image_demo.py', 'data/digits/val', 'faster.py', '--weights', 'faster.pth',
                      '--out', 'demo', '--device', 'cpu')
-    assert code is None and '4 images: see demo/vis and demo/preds' in said
+    assert code is None and '4 images or frames: see demo/vis and demo/preds' in said
     assert len(list((root / 'demo/vis').iterdir())) == 4
     predictions = [json.loads(path.read_text()) for path in (root / 'demo/preds').iterdir()]
     assert [len(found['bboxes']) for found in predictions] == [20] * 4
@@ -151,6 +159,33 @@ def test_image_demo(root, run):
     assert code.startswith('error: none.jpg does not exist: give an image')
     code, _ = run('image_demo.py', 'data/digits/val', 'faster-rcnn_od-r18-k4', '--weights', 'x.pth')
     assert 'did you mean faster-rcnn_od-r18-k4_fpn_digits.py' in code
+
+
+def test_image_demo_of_a_video(root, run):
+    """A frame is detected in as an image is, and drawn on."""
+    shape = (96, 128, 3)
+    writer = cv2.VideoWriter(str(root / 'clip.avi'), cv2.VideoWriter_fourcc(*'MJPG'), 5,
+                             shape[1::-1])
+    for _ in range(3):
+        writer.write(np.random.randint(0, 255, shape, np.uint8))
+    writer.release()
+    code, said = run('image_demo.py', 'clip.avi', 'faster.py', '--weights', 'faster.pth', '--out',
+                     'clip', '--device', 'cpu', '--score', '0')
+    assert code is None and '3 images or frames' in said
+    video, drawn = (list(mmcv.VideoReader(str(root / path))) for path in ('clip.avi',
+                                                                          'clip/vis/clip.avi'))
+    assert len(video) == len(drawn) == 3 and drawn[0].shape == shape
+    assert np.abs(drawn[0].astype(int) - video[0]).max() > 100
+    predictions = json.loads((root / 'clip/preds/clip.json').read_text())
+    config, model = detector(root, 'faster')
+    model.cfg = config
+    expected = inference_detector(model, video[0]).pred_instances
+    torch.testing.assert_close(torch.tensor(predictions[0]['bboxes']), expected.bboxes)
+    assert len(predictions) == 3
+    (root / 'broken.mp4').write_bytes(b'no video')
+    code, _ = run('image_demo.py', 'broken.mp4', 'faster.py', '--weights', 'faster.pth', '--device',
+                  'cpu')
+    assert code.startswith('error: broken.mp4 could not be read as a video')
 
 
 def test_configs_by_name(tmp_path):
@@ -162,8 +197,11 @@ def test_configs_by_name(tmp_path):
 
 
 def test_a_file_that_differs_is_not_written(root, export, monkeypatch):
-    monkeypatch.setattr(Runtime, '__call__', lambda self, image: [
-        value + 1 if i == 0 else value for i, value in enumerate(self._run(image))])
+    right = TensorDetector(detector(root, 'faster')[1])
+    module = 'mmdet_odconv.deployment.export'
+    monkeypatch.setattr(f'{module}.write_onnx', lambda *args: None)
+    monkeypatch.setattr(f'{module}.Runtime', lambda path: lambda image: [
+        value + (i == 0) for i, value in enumerate(right(image))])
     code, _ = export('faster.py', 'faster.pth', '--out', 'wrong.onnx')
     assert code.startswith('error: The file differs from the detector in an image of ')
     assert not (root / 'wrong.onnx').exists() and not (root / 'wrong.json').exists()

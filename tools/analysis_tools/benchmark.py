@@ -2,6 +2,7 @@
 
     python benchmark.py layer --channels 256 --size 26 42 --batch 2
     python benchmark.py backbone ODResNet --depth 50 --batch 1 2 --size 416 672
+    python benchmark.py backbone ODResNet --batch 1 --fuse
     python benchmark.py backbone ODResNet --layer FDConv2d --layer-options fbm=False
     python benchmark.py model torchvision.models.resnet50 --include 'layer.*conv.'
     python benchmark.py detector faster-rcnn_od-r50-k4_fpn_1x_coco.py --mode iteration
@@ -57,6 +58,8 @@ SUITE += [('backbone', 'ODResNet', '--layer', layer, '--batch', 2, '--size', *CO
 SUITE += [('backbone', 'ODResNet', '--layer', 'FDConv2d', '--batch', 2, '--size', *COCO, *options)
           for options in ((), ('--layer-options', 'fbm=False'),
                           ('--layer-options', 'fbm=False', 'local=False'))]
+SUITE += [('backbone', name, '--batch', 1, '--size', *COCO, '--fuse')
+          for name in ('ODResNet', 'ODMobileNetV2')]
 DETECTORS = [('detector', f'faster-rcnn_{name}_fpn_1x_coco.py', '--batch', batch, '--size', *COCO)
              for name in ('od-r50-k4', 'od-r50-k1', 'od-mobilenet-v2-k4', 'od-mobilenet-v2-k1')
              for batch in (1, 2)]
@@ -220,8 +223,13 @@ def backbone_case(args, batch, kernel_num):
     arguments['norm_eval'] = False
     static = getattr(static_backbones, name[len('OD'):])(**arguments)
     dynamic = getattr(backbones, name)(conv_cfg=layer_config(args, kernel_num), **arguments)
+    if args.fuse:
+        from mmdet_odconv import fuse
+        for model in (static, dynamic):
+            model.eval()  # whose result MMDetection's backbones leave out
+            fuse(model)
     x = torch.randn(batch, 3, *args.size, device=args.device)
-    label = f'{name[2:]}{args.depth if is_resnet else ""}'
+    label = f'{name[2:]}{args.depth if is_resnet else ""}{" fused" if args.fuse else ""}'
     return Case(describe(label, batch, args.size, args, kernel_num), static.to(args.device),
                 dynamic.to(args.device), x, DTYPES[args.dtype])
 
@@ -313,6 +321,8 @@ def measure(args, modes, console):
 def suite(args, modes):
     """Records of the suite, each case in its own process: in a used heap the next is slower."""
     cases = DETECTORS if 'iteration' in modes else SUITE
+    if modes == ['training']:
+        cases = [case for case in cases if '--fuse' not in case]
     for i, case in enumerate(cases):
         out = args.out / 'suite' / str(i)
         options = dict(mode=args.mode, device=args.device, dtype=args.dtype, rounds=args.rounds,
@@ -344,9 +354,11 @@ def print_table(records, modes, machine, console):
         row = [record['case'] if first else '', record['alternative']]
         for mode in modes:
             row += [f'{record[mode]:.1f}', f'{record["to_static"][mode]:.2f}',
-                    f'{record["to_grouped"][mode]:.2f}' if 'to_grouped' in record else '']
+                    f'{record["to_grouped"][mode]:.2f}' if 'to_grouped' in record else ''
+                    ] if mode in record else [''] * 3  # what is fused is not trained
         for key in sizes:
-            row += [f'{record[key]:.0f}', f'{record["to_static"][key]:.2f}']
+            row += [f'{record[key]:.0f}', f'{record["to_static"][key]:.2f}'
+                    ] if record.get(key) else [''] * 2
         table.add_row(*row, end_section=last)
     console.print(table)
 
@@ -367,7 +379,7 @@ def draw(records, modes, path):
     for axis, panel in zip(axes.flat, panels):
         for offset, alternative, colour in ((-0.2, 'grouped', '#e69f00'), (0.2, 'ours', '#0072b2')):
             values = {r['case']: r['to_static'][panel] for r in records
-                      if r['alternative'] == alternative}
+                      if r['alternative'] == alternative and panel in r['to_static']}
             bars = axis.barh([labels.index(case) + offset for case in values], values.values(),
                              0.38, color=colour, label=names[alternative])
             for label in axis.bar_label(bars, fmt='%.2f', fontsize=7, padding=3):
@@ -437,6 +449,8 @@ def parse_args():
                         help="4 of ODConv2d if not given, or another layer's own")
     parser.add_argument('--depth', type=int, default=50, help='of a ResNet')
     parser.add_argument('--widen-factor', type=float, default=1.0, help='of a MobileNet')
+    parser.add_argument('--fuse', action='store_true',
+                        help='of a backbone: fold the norms of all alternatives; inference alone')
     parser.add_argument('--include', default='.*', help='names of convolutions made dynamic')
     parser.add_argument('--channels', type=int, default=256, help='of a layer')
     parser.add_argument('--out-channels', type=int)
@@ -454,6 +468,8 @@ def parse_args():
         parser.error('say what to measure: layer, backbone, model, detector or --suite')
     if args.kind in ('backbone', 'model', 'detector') and args.target is None:
         parser.error(f'{args.kind} needs a target')
+    if args.fuse and (args.kind != 'backbone' or args.mode in ('training', 'iteration')):
+        parser.error('--fuse is for the inference of a backbone')
     if args.mode == 'iteration' and args.kind not in ('detector', None):
         parser.error('--mode iteration is for a detector or --suite')
     return args
@@ -467,6 +483,7 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     modes = ['inference', 'training'] if args.mode == 'both' else [args.mode]
+    modes = ['inference'] if args.fuse else modes
     # A table cut to a pipe's 80 columns could not be read.
     console = Console() if sys.stdout.isatty() else Console(width=150)
     records = list(suite(args, modes) if args.suite else measure(args, modes, console))
