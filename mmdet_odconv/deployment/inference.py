@@ -82,7 +82,7 @@ def _detect_in_video(inferencer, path: Path, out_dir: Path, score: float) -> int
         (out_dir / folder).mkdir(parents=True, exist_ok=True)
     inferencer.show_progress = False  # of each frame
     writer = cv2.VideoWriter(str(out_dir / 'vis' / path.name),
-                             cv2.VideoWriter_fourcc(*CODECS[path.suffix.lower()]), video.fps,
+                             cv2.VideoWriter.fourcc(*CODECS[path.suffix.lower()]), video.fps,
                              video.resolution)
     predictions = []
     for frame in track(video, 'Inference'):
