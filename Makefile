@@ -20,9 +20,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-warn-conflicts  # checked once
 CONFIG := $(MODEL)-rcnn_od-r18-k4_fpn_digits.py
 PRETRAINED := faster-rcnn_od-r18-k1-pretrained_fpn_digits.py
+POSE ?= dy-r18-k4
+POSE_CONFIG := configs/quickstart/td-hm_$(POSE)_digits.py
+POSE_WORK := work_dirs/keypoints-$(POSE)
 WORK := work_dirs/quickstart$(if $(filter-out faster,$(MODEL)),-$(MODEL))
 
-.PHONY: help env quickstart pretrain test test-fast soak lint docs clean
+.PHONY: help env keypoints-env quickstart keypoints pretrain test test-fast soak lint docs clean
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
 
@@ -56,6 +59,11 @@ $(VENV)/ready: setup.py pyproject.toml $(wildcard requirements/*.txt)
 	  grep -vE '^No broken|mim .* (requires opendatalab|has requirement pandas)|requires opencv-python,' || true
 	@touch $@; echo 'The environment is ready.'
 
+keypoints-env: env  ## MMPose in it as well, for configs/keypoints
+	$(PIP) cython json_tricks munkres
+# mmpose alone: its dependency chumpy no longer builds, and no config here needs it.
+	$(PIP) --no-deps --no-build-isolation --no-binary xtcocotools xtcocotools mmpose==1.3.2
+
 quickstart: env  ## data, training, COCO evaluation, pictures [MODEL=mask]
 	@test -f configs/quickstart/$(CONFIG) || \
 	  { echo "error: MODEL=$(MODEL) is not known: use faster or mask."; exit 1; }
@@ -69,6 +77,13 @@ quickstart: env  ## data, training, COCO evaluation, pictures [MODEL=mask]
 	  --work-dir $(WORK) --out $(WORK)/predictions.pkl
 	@echo '4 of 4: pictures'
 	@$(BIN)/python tools/analysis_tools/report.py $(WORK)
+
+keypoints: keypoints-env  ## corners of digits by MMPose: training, AP, a picture [POSE=r18]
+	$(BIN)/python tools/dataset_converters/digits.py data/digits-keypoints --keypoints
+	$(BIN)/mim train mmpose $(POSE_CONFIG) --work-dir $(POSE_WORK) --resume
+	$(BIN)/mim test mmpose $(POSE_CONFIG) --checkpoint "$$(cat $(POSE_WORK)/last_checkpoint)" \
+	  --work-dir $(POSE_WORK) --dump $(POSE_WORK)/predictions.pkl
+	$(BIN)/python tools/analysis_tools/report.py $(POSE_WORK)
 
 pretrain: env  ## a classifier, then a detector from its checkpoint
 	$(BIN)/python tools/dataset_converters/digits.py data/digits-classification \

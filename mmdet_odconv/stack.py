@@ -1,7 +1,11 @@
 """Which versions of the packages below the plugin it runs on, checked at import."""
+import contextlib
 import importlib
 import re
-from typing import Tuple
+import sys
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, Dict, Iterator, Tuple
 
 # name: (lowest, below, how to install). torch 2.4 is the first to tell autocast's dtype for any
 # device. OpenMMLab's packages and their maintained continuation (onedl-mmcv, onedl-mmengine,
@@ -41,6 +45,35 @@ def check_stack() -> None:
                           f'could not be imported ({error}): '
                           'MMCV_WITH_OPS=1 pip install --no-build-isolation "mmcv>=2.0.0,<2.2.0" '
                           'builds them.') from error
+
+
+@contextlib.contextmanager
+def optional_torchvision() -> Iterator[None]:
+    """Let MMPretrain and MMPose be imported where torchvision is not.
+
+    It is missing beside many a torch for CPUs alone. They import it for transforms, boxes and
+    pictures that no config here uses. Within the context, and there alone, modules stand for it
+    that are empty but for what importing it asks of them.
+    """
+    modules: Dict[str, Any] = {}
+    if 'torchvision' not in sys.modules and find_spec('torchvision') is None:
+        parts = ('transforms', 'transforms.functional', 'transforms.transforms', 'ops',
+                 'ops.boxes')
+        for name in ('torchvision', *(f'torchvision.{part}' for part in parts)):
+            modules[name] = ModuleType(name, 'Not installed: an empty one made by mmdet_odconv.')
+            parent, _, child = name.rpartition('.')
+            if parent:
+                setattr(modules[parent], child, modules[name])
+        modules['torchvision'].__version__ = '0.0.0'
+        modules['torchvision.transforms'].RandomResizedCrop = object
+        modules['torchvision.transforms'].ToPILImage = None
+        modules['torchvision.transforms.transforms'].InterpolationMode = None
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for name in modules:
+            del sys.modules[name]
 
 
 def _numbers(version: str) -> Tuple[int, ...]:

@@ -147,14 +147,27 @@ def _change_of(backbone: dict, conv_cfg: dict) -> Dict[str, object]:
     if isinstance(static, dict):
         raise InputError(f'{name} has conv_cfg={static["type"]} already.')
     if name in SWAPS:
+        kept = _defaults_of(cls, MODELS.get(SWAPS[name]), backbone)
         if conv_cfg['type'] != 'ODConv2d':
-            return dict(type=SWAPS[name], conv_cfg=conv_cfg)
-        return dict(conv_cfg, type=SWAPS[name])
+            return dict(kept, type=SWAPS[name], conv_cfg=conv_cfg)
+        return {**kept, **conv_cfg, 'type': SWAPS[name]}
     if backbone.get('dcn') is not None:  # mmdet's blocks assert that one of them is None
         raise InputError(f'{name} has dcn, and takes no conv_cfg with it.')
     if parameter is not None:
         return dict(conv_cfg=conv_cfg)
     raise InputError(f'{name} takes no conv_cfg.')
+
+
+def _defaults_of(cls: type, dynamic: type, given: dict) -> Dict[str, object]:
+    """What a backbone of MMPose or MMPretrain does by default and mmdet's of that name does not."""
+    if issubclass(dynamic, cls):
+        return {}
+    theirs = inspect.signature(cls).parameters
+    ours = next(inspect.signature(base).parameters for base in dynamic.__mro__
+                if base.__name__ == cls.__name__)
+    return {name: parameter.default for name, parameter in theirs.items()
+            if name in ours and name not in given and name != 'init_cfg'
+            and parameter.default not in (parameter.empty, ours[name].default)}
 
 
 def make_static(config: dict) -> None:

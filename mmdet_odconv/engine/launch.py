@@ -27,6 +27,11 @@ from .resuming import interruption
 # What reading another JSON, or none, as COCO raises.
 NOT_COCO = (AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
+OPTIONAL = {  # packages of OpenMMLab that some configs inherit from, and how to install them
+    'mmpretrain': "pip install 'mmdet_odconv[imagenet]'",
+    'mmpose': 'make keypoints-env in a checkout, or as docs/guides/keypoints.md says',
+}
+
 
 def run_mmdet_tool(name: str) -> None:
     """Run mmdet's ``tools/{name}`` on ``sys.argv``; exits with one sentence on a user's mistake.
@@ -100,6 +105,10 @@ def explain(error: BaseException) -> Optional[str]:
         near = difflib.get_close_matches(name, known, n=3)
         hint = f'did you mean {" or ".join(near)}?' if near else 'check it and custom_imports.'
         return f'No {kind} is registered as {name}: {hint}'
+    package = _locals_of(error, '_get_cfg_path').get('package')
+    if isinstance(error, ModuleNotFoundError) and package is not None:
+        return (f'The config inherits from {package}, which is not installed: '
+                f'{OPTIONAL.get(package, f"pip install {package}")}.')
     config = _locals_of(error, '_file2dict').get('filename')
     if config is not None and isinstance(error, (SyntaxError, OSError)):
         return f'Config {config} could not be read ({error}): check it and its _base_.'

@@ -1,6 +1,6 @@
 """Every supplied detector builds, trains a step and predicts, on small random images.
 
-Classifiers: see test_imagenet.py.
+Classifiers: see test_imagenet.py. Poses: see test_keypoints.py.
 """
 import copy
 import re
@@ -20,7 +20,7 @@ from mmdet_odconv.layers import DynamicConv2d
 CONFIGS = Path(__file__).parents[2] / 'configs'
 NAMES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob('[a-z]*/*.py'))
 DETECTORS = [name for name in NAMES
-             if not name.startswith('imagenet/') and name != 'quickstart/od-r18-k1_digits.py']
+             if not re.match(r'imagenet/|keypoints/|.*/td-hm_|quickstart/od-r18-k1_digits', name)]
 ADAMW = [name for name in NAMES if 'adamw' in name]
 FAMILY = [name for name in NAMES if name not in ADAMW
           and name.startswith(('condconv/', 'dcd/', 'dyconv/', 'fdconv/', 'se/'))]

@@ -4,6 +4,7 @@ import errno
 import pytest
 from mmcv.cnn import build_conv_layer
 from mmdet.datasets import CocoDataset, VOCDataset
+from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.registry import MODELS
 from mmengine.utils import mkdir_or_exist
@@ -98,3 +99,10 @@ def test_datasets_that_are_not_coco(tmp_path):
     sentence = explained(FileNotFoundError, VOCDataset, ann_file=missing,
                          data_prefix=dict(sub_data_root=str(tmp_path / 'VOC2007')))
     assert sentence.startswith(f'Annotation file {missing} does not exist: set data_root')
+
+
+def test_a_config_that_inherits_from_what_is_not_installed(tmp_path):
+    path = tmp_path / 'theirs.py'
+    path.write_text("_base_ = 'mmocr::kie/sdmgr.py'")
+    assert explained(Exception, Config.fromfile, path) == (
+        'The config inherits from mmocr, which is not installed: pip install mmocr.')

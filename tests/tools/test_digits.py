@@ -116,7 +116,7 @@ def test_masks_lie_on_the_visible_ink(digits):
         image, found = digits.compose_image(ink, pool, photos, 192, np.random.default_rng(seed))
         change = np.abs(image - background).mean(axis=-1)
         union = np.zeros((192, 192), np.uint8)
-        for _, mask in found:
+        for _, mask, _ in found:
             assert change[mask > 0].mean() > 40
             union |= mask
         fringe = cv2.dilate(union, np.ones((9, 9), np.uint8))
@@ -133,7 +133,7 @@ def test_a_hard_image_has_smaller_digits_among_strokes_of_no_class(digits):
         change = np.abs(image - background).mean(axis=-1)
         assert 6 <= len(found) <= 16
         union = np.zeros((192, 192), np.uint8)
-        for _, mask in found:
+        for _, mask, _ in found:
             assert change[mask > 0].mean() > 40
             assert max(cv2.boundingRect(mask)[2:]) <= 192 // 6
             assert not (union & mask).any()
@@ -147,6 +147,43 @@ def test_a_hard_dataset_is_told_from_a_plain_one(digits, dataset, tmp_path):
     digits.main([str(tmp_path / 'hard'), *SMALL, '--hard'])
     assert load_json(tmp_path / 'hard', 'train')['images'] == load_json(dataset, 'train')['images']
     assert '--seed 0 --hard, where --train 6' in refusal(digits, tmp_path / 'hard', *SMALL)
+
+
+@pytest.mark.parametrize('degrees', [-45, -20, 0, 31, 45])
+def test_corners_are_where_turning_puts_them(digits, degrees):
+    alpha = np.zeros((23, 14), np.float32)
+    for y, x in ((0, 0), (0, 13), (22, 13), (22, 0)):
+        alpha[:] = 0
+        alpha[max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2] = 1  # 2x2 pixels in that corner
+        turned, corners = digits.turn(alpha, degrees)
+        assert turned.sum() == pytest.approx(4, abs=1.5)  # nothing is cut off, but at its edge
+        weights = np.stack(np.meshgrid(*map(np.arange, turned.shape[::-1])), -1) * turned[..., None]
+        centre = weights.sum((0, 1)) / turned.sum()
+        nearest = np.linalg.norm(corners - centre, axis=1).argmin()
+        assert nearest == [(0, 0), (0, 13), (22, 13), (22, 0)].index((y, x))
+        assert np.linalg.norm(corners[nearest] - centre) < 1.2
+    sides = np.linalg.norm(corners - np.roll(corners, -1, axis=0), axis=1)
+    assert sides == pytest.approx([13, 22, 13, 22])  # rigid
+    assert (corners >= 0).all() and (corners <= np.array(turned.shape[::-1]) - 1).all()
+    across = corners[1] - corners[0]
+    assert np.degrees(np.arctan2(-across[1], across[0])) == pytest.approx(degrees)
+
+
+def test_a_keypoint_dataset_loads_as_coco(digits, tmp_path):
+    digits.main([str(tmp_path / 'corners'), *SMALL, '--keypoints'])
+    coco = COCO(str(tmp_path / 'corners/annotations/val.json'))
+    category, = coco.loadCats(coco.getCatIds())
+    assert category['keypoints'] == list(digits.CORNERS)
+    for annotation in coco.anns.values():
+        points = np.reshape(annotation['keypoints'], (4, 3))
+        assert annotation['num_keypoints'] == 4 and (points[:, 2] == 2).all()
+        assert (points[:, :2] >= 0).all() and (points[:, :2] <= 95).all()
+        left, top, width, height = annotation['bbox']
+        assert points[:, :2].min(0) == pytest.approx([left, top])
+        assert points[:, :2].max(0) == pytest.approx([left + width - 1, top + height - 1])
+        rows, columns = np.nonzero(coco.annToMask(annotation))
+        assert left - 1 <= columns.min() and columns.max() <= left + width
+        assert top - 1 <= rows.min() and rows.max() <= top + height
 
 
 @pytest.mark.parametrize('side', [8, 9, 24, 64])

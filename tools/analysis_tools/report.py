@@ -2,8 +2,9 @@
 
     python report.py WORK_DIR [--images 12] [--score 0.5]
 
-Reads the config, the logs and ``predictions.pkl`` (written by ``tools/test.py --out``) in WORK_DIR
-and leaves there ``metrics.json``, ``curves.png`` and ``predictions.png``.
+Reads the config, the logs and ``predictions.pkl`` (written by ``tools/test.py --out``, of poses by
+MMPose's ``test.py --dump``) in WORK_DIR and leaves there ``metrics.json``, ``curves.png`` and
+``predictions.png``.
 """
 import argparse
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import matplotlib
 import mmengine
+import numpy as np
 import torch
 from mmengine.config import Config
 from pycocotools import mask as mask_utils
@@ -29,10 +31,16 @@ from mmdet_odconv.deployment.attentions import Image, judge  # noqa: E402
 # What each is drawn as, of colours that a colour-blind reader tells apart (Okabe and Ito).
 KINDS = {'right': ('#56b4e9', '-'), 'wrong class': ('#f0e442', '-'), 'false': ('#e69f00', '--'),
          'missed': ('#cc79a7', ':')}
+POINTS = {'true': KINDS['right'], 'predicted': KINDS['false']}
 FONT = 7  # points, of a label on a picture
+MAPS = {'bbox_mAP': 'box', 'segm_mAP': 'mask', 'AP': 'keypoint'}  # as the logs call their mAP
 METRICS = {
     'mAP': 'AP @ IoU 0.50:0.95', 'mAP_50': 'AP @ IoU 0.50', 'mAP_75': 'AP @ IoU 0.75',
     'mAP_s': 'AP, small objects', 'mAP_m': 'AP, medium objects', 'mAP_l': 'AP, large objects'
+}
+POINT_METRICS = {
+    'AP': 'AP @ OKS 0.50:0.95', 'AP .5': 'AP @ OKS 0.50', 'AP .75': 'AP @ OKS 0.75',
+    'AP (M)': 'AP, medium objects', 'AP (L)': 'AP, large objects'
 }
 
 
@@ -47,25 +55,25 @@ def read_scalars(work_dir):
             record = json.loads(line)
             if 'loss' in record:
                 train[record['iter']] = record
-            elif 'coco/bbox_mAP' in record:
+            elif any(f'coco/{name}' in record for name in MAPS):
                 val[record['step']] = record
     return train, val
 
 
 def draw_curves(train, val, path):
-    """Loss over iterations, and beside it box (and mask) mAP after every epoch."""
+    """Loss over iterations, and beside it mAP of boxes, masks or keypoints after every epoch."""
     iterations = sorted(train)
     figure, (loss_axis, map_axis) = plt.subplots(1, 2, figsize=(9, 3.6), layout='constrained')
     loss_axis.plot(iterations, [train[i]['loss'] for i in iterations], color='0.3')
     loss_axis.set(xlabel='iteration', ylabel='training loss', ylim=(0, None))
     last_of_epoch = {train[i]['epoch']: i for i in iterations}
     epochs = sorted(epoch for epoch in val if epoch in last_of_epoch)
-    for kind, name, colour, above in (('bbox', 'box mAP', '#0072b2', 6),
-                                      ('segm', 'mask mAP', '#d55e00', -14)):
-        points = [(last_of_epoch[epoch], val[epoch][f'coco/{kind}_mAP']) for epoch in epochs
-                  if f'coco/{kind}_mAP' in val[epoch]]
+    for (name, kind), colour, above in zip(MAPS.items(), ('#0072b2', '#d55e00', '#0072b2'),
+                                           (6, -14, 6)):
+        points = [(last_of_epoch[epoch], val[epoch][f'coco/{name}']) for epoch in epochs
+                  if f'coco/{name}' in val[epoch]]
         if points:
-            map_axis.plot(*zip(*points), color=colour, marker='o', label=name)
+            map_axis.plot(*zip(*points), color=colour, marker='o', label=f'{kind} mAP')
             for x, y in points:
                 map_axis.annotate(f'{y:.2f}', (x, y), (0, above), textcoords='offset points',
                                   color=colour, ha='center')
@@ -109,20 +117,56 @@ def place_labels(boxes, texts, width, height, letter, line):
     return placed
 
 
+def contact_sheet(paths):
+    """A figure with the images at ``paths``, and the axes that they are on."""
+    columns = min(4, len(paths))
+    rows = -(-len(paths) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 3.2 * rows + 0.5),
+                                squeeze=False, layout='constrained')
+    for axis in axes.flat:
+        axis.axis('off')
+    for axis, path in zip(axes.flat, paths):
+        axis.imshow(plt.imread(path))
+    return figure, axes.flat
+
+
+def show_legend(figure, kinds, title):
+    figure.legend(handles=[Line2D([], [], color=colour, ls=style, lw=2, label=kind)
+                           for kind, (colour, style) in kinds.items()],
+                  title=title, loc='outside upper center', ncols=len(kinds), frameon=False)
+
+
+def draw_points(predictions, coco, path, images):
+    """Contact sheet of the first validation images with true and predicted points and skeletons."""
+    skeleton = [(a - 1, b - 1) for a, b in coco.loadCats(coco.getCatIds())[0]['skeleton']]
+    by_image = {}  # a prediction holds one instance
+    for prediction in predictions:
+        by_image.setdefault(prediction['img_path'], []).append(prediction)
+    by_image = dict(list(by_image.items())[:images])
+    figure, axes = contact_sheet(list(by_image))
+    for axis, found in zip(axes, by_image.values()):
+        truths = coco.loadAnns(coco.getAnnIds(found[0]['img_id']))
+        true = [np.reshape(truth['keypoints'], (-1, 3))[:, :2] for truth in truths]
+        predicted = [one for prediction in found
+                     for one in np.asarray(prediction['pred_instances']['keypoints'])]
+        for instances, (colour, style) in zip((true, predicted), POINTS.values()):
+            for points in instances:
+                for link in skeleton:
+                    axis.plot(*points[list(link)].T, color=colour, ls=style, lw=1.2)
+                axis.plot(*points.T, 'o', color=colour, ms=2.5)
+                axis.plot(*points[0], 's', color=colour, ms=4.5)  # which way round it is
+    show_legend(figure, POINTS, 'points; the first of each is square')
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def draw_predictions(predictions, coco, path, images, min_score):
     """Contact sheet of the first validation images: what is right, wrong, false and missed."""
     categories = coco.getCatIds()
     names = [category['name'] for category in coco.loadCats(categories)]
     predictions = predictions[:images]
-    columns = min(4, len(predictions))
-    rows = -(-len(predictions) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 3.2 * rows + 0.5),
-                                squeeze=False, layout='constrained')
-    for axis in axes.flat:
-        axis.axis('off')
-    for axis, prediction in zip(axes.flat, predictions):
-        pixels = plt.imread(prediction['img_path'])
-        axis.imshow(pixels)
+    figure, axes = contact_sheet([prediction['img_path'] for prediction in predictions])
+    for axis, prediction in zip(axes, predictions):
         found = prediction['pred_instances']
         truth = coco.loadAnns(coco.getAnnIds(prediction['img_id'], iscrowd=False))
         corners = [(x, y, x + w, y + h) for x, y, w, h in (one['bbox'] for one in truth)]
@@ -140,7 +184,7 @@ def draw_predictions(predictions, coco, path, images, min_score):
             if 'masks' in found:
                 mask = mask_utils.decode(found['masks'][i]).astype(float)
                 axis.contour(mask, [0.5], colors=KINDS[kind][0], linewidths=0.8)
-        height, width = pixels.shape[:2]
+        height, width = axis.images[0].get_array().shape[:2]
         point = max(height, width) / 3.2 / 72  # in px of the picture
         labels = place_labels([box for _, box, _ in shown], [text for _, _, text in shown], width,
                               height, 0.62 * FONT * point, 1.5 * FONT * point)
@@ -151,10 +195,8 @@ def draw_predictions(predictions, coco, path, images, min_score):
             axis.text(left, bottom, text, fontsize=FONT, va='bottom',
                       bbox=dict(facecolor=colour, edgecolor='none', pad=0.8))
         axis.set(xlim=(0, width), ylim=(height, 0))
-    figure.legend(handles=[Line2D([], [], color=colour, ls=style, lw=2, label=kind)
-                           for kind, (colour, style) in KINDS.items()],
-                  title=f'detections with a score of {min_score:g} or more, and objects missed',
-                  loc='outside upper center', ncols=len(KINDS), frameon=False)
+    show_legend(figure, KINDS,
+                f'detections with a score of {min_score:g} or more, and objects missed')
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -170,14 +212,15 @@ def read_metrics(work_dir):
 
 
 def print_table(metrics, console):
-    """COCO's summary, a column each for boxes and masks."""
-    kinds = [kind for kind in ('bbox', 'segm') if f'{kind}_mAP' in metrics]
+    """COCO's summary, a column each for boxes and masks, or one for keypoints."""
+    kinds = {name: kind for name, kind in MAPS.items() if name in metrics}
     table = Table(title='COCO evaluation on val')
     table.add_column('metric')
-    for kind in kinds:
-        table.add_column({'bbox': 'box', 'segm': 'mask'}[kind], justify='right')
-    for name, title in METRICS.items():
-        values = (metrics[f'{kind}_{name}'] for kind in kinds)
+    for kind in kinds.values():
+        table.add_column(kind, justify='right')
+    for name, title in (POINT_METRICS if 'AP' in kinds else METRICS).items():
+        # 'bbox_' and 'segm_', and nothing of 'AP'
+        values = [metrics[kind[:-len('mAP')] + name] for kind in kinds]
         # pycocotools answers -1 where no object is of that size.
         table.add_row(title, *('none' if value < 0 else f'{value:.3f}' for value in values))
     console.print(table)
@@ -197,9 +240,15 @@ def main():
     metrics = read_metrics(args.work_dir)
     (args.work_dir / 'metrics.json').write_text(json.dumps(metrics, indent=1))
     draw_curves(*read_scalars(args.work_dir), args.work_dir / 'curves.png')
-    coco = COCO(Config.fromfile(configs[0]).test_evaluator.ann_file)
-    draw_predictions(mmengine.load(predictions), coco, args.work_dir / 'predictions.png',
-                     args.images, args.score)
+    evaluator = Config.fromfile(configs[0]).test_evaluator
+    if isinstance(evaluator, list):  # MMPose's --dump adds to it, and saves that
+        evaluator = evaluator[0]
+    coco = COCO(evaluator.ann_file)
+    predictions, picture = mmengine.load(predictions), args.work_dir / 'predictions.png'
+    if 'keypoints' in predictions[0]['pred_instances']:
+        draw_points(predictions, coco, picture, args.images)
+    else:
+        draw_predictions(predictions, coco, picture, args.images, args.score)
     console = Console()
     print_table(metrics, console)
     for name in ('metrics.json', 'curves.png', 'predictions.png', 'last_checkpoint'):

@@ -1,7 +1,7 @@
 """Write a small COCO detection and instance segmentation dataset without any download.
 
     python digits.py OUT_DIR [--train 1000] [--val 200] [--test 0] [--size 192] [--seed 0]
-                     [--hard | --classification]
+                     [--hard | --classification | --keypoints]
 
 The 1797 handwritten digits of ``sklearn.datasets.load_digits`` are composited onto random crops
 of the two photographs of ``sklearn.datasets.load_sample_images``. OUT_DIR receives::
@@ -10,6 +10,9 @@ of the two photographs of ``sklearn.datasets.load_sample_images``. OUT_DIR recei
 
 ``--hard`` makes twice as many digits of half the size, among strokes that are parts of digits and
 belong to no class: for small networks and long budgets, where the plain images teach little more.
+``--keypoints`` turns each digit by up to 45 degrees either way and labels the four corners of its
+box, in the digit's own order, in pixel centres: a COCO keypoint dataset of one category, for poses.
+Its boxes hold the corners, some of which lie beyond the ink.
 With ``--classification`` there is one digit an image, white on black, in a folder for each class::
 
     train/0/000001.jpg ...   val/0/000001.jpg ...   digits.json
@@ -41,6 +44,7 @@ MARKER = 'digits.json'
 SPLITS = ('train', 'val', 'test')
 PLACEMENT_TRIES = 30
 STROKES = 12  # in a hard image, of no class
+CORNERS = ('top left', 'top right', 'bottom right', 'bottom left')
 
 
 class DatasetError(Exception):
@@ -101,6 +105,22 @@ def upscale_ink(ink, side):
     return alpha[y : y + height, x : x + width]
 
 
+def turn(alpha, degrees):
+    """Turn ``alpha`` (h, w) about its centre, counterclockwise, into an array that holds all of it.
+
+    Returns it and where the centres of its corner pixels went, as ``CORNERS``: x, y (4, 2) px.
+    """
+    height, width = alpha.shape
+    right, bottom = width - 1, height - 1
+    matrix = cv2.getRotationMatrix2D((right / 2, bottom / 2), degrees, 1)
+    corners = np.array([(0, 0), (right, 0), (right, bottom), (0, bottom)]) @ matrix[:, :2].T
+    corners += matrix[:, 2]
+    low, high = np.floor(corners.min(0)), np.ceil(corners.max(0))
+    matrix[:, 2] -= low
+    columns, rows = (high - low).astype(int) + 1
+    return cv2.warpAffine(alpha, matrix, (int(columns), int(rows))), corners - low
+
+
 def find_free_window(occupied, shape, rng):
     """Return slices of a random ``shape`` (h, w) window free in (size, size), None if crowded."""
     for _ in range(PLACEMENT_TRIES):
@@ -126,13 +146,14 @@ def paint(canvas, occupied, alpha, rng):
     return window
 
 
-def compose_image(ink, pool, photos, size, rng, hard=False):
+def compose_image(ink, pool, photos, size, rng, hard=False, keypoints=False):
     """Composite 3 to 8 digits of ``pool`` (source indices), fewer if they do not fit.
 
     In a hard image, 6 to 16 of half the size, after strokes cut from other digits.
 
-    Returns the BGR image, uint8 (size, size, 3), and a list of (source index, mask), masks
-    uint8 (size, size) in {0, 1}. Digits may touch, but none covers another: masks are disjoint.
+    Returns the BGR image, uint8 (size, size, 3), and a list of (source index, mask, corners), masks
+    uint8 (size, size) in {0, 1}, corners (4, 2) px with ``keypoints`` and else None. Digits may
+    touch, but none covers another: masks are disjoint.
     """
     canvas = crop_background(photos, size, rng)
     occupied = np.zeros((size, size), bool)
@@ -145,13 +166,17 @@ def compose_image(ink, pool, photos, size, rng, hard=False):
         stroke = np.rot90(stroke[: height // 2, : width * 2 // 3], rng.integers(4))
         paint(canvas, occupied, stroke, rng)
     for source in rng.choice(pool, times * rng.integers(3, 9)):
-        alpha = upscale_ink(ink[source], int(rng.integers(smallest, largest + 1)))
+        alpha, corners = upscale_ink(ink[source], int(rng.integers(smallest, largest + 1))), None
+        if keypoints:
+            alpha, corners = turn(alpha, rng.uniform(-45, 45))
         window = paint(canvas, occupied, alpha, rng)
         if window is None:
             continue
         mask = np.zeros((size, size), np.uint8)
         mask[window] = alpha > 0.5
-        digits.append((source, mask))
+        if keypoints:
+            corners += window[1].start, window[0].start
+        digits.append((source, mask, corners))
     return canvas.round().clip(0, 255).astype(np.uint8), digits
 
 
@@ -168,6 +193,19 @@ def annotate_digit(mask, source, label):
     }
 
 
+def annotate_corners(corners):
+    """Return the COCO fields of corners (4, 2): their box, and the area of the turned one."""
+    (left, top), (right, bottom) = corners.min(0), corners.max(0)
+    sides = np.linalg.norm(corners[1] - corners[0]), np.linalg.norm(corners[2] - corners[1])
+    return {
+        'category_id': 1,
+        'bbox': [float(value) for value in (left, top, right - left + 1, bottom - top + 1)],
+        'area': float((sides[0] + 1) * (sides[1] + 1)),
+        'num_keypoints': len(CORNERS),
+        'keypoints': [value for x, y in corners for value in (float(x), float(y), 2)],
+    }
+
+
 def write_jpeg(path, image):
     """Write BGR ``image``, raising OSError on a full disk, where cv2.imwrite returns False."""
     encoded, data = cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 95])
@@ -181,25 +219,32 @@ def write_split(root, split, settings, sources):
     ink, labels, photos = sources
     pool = split_digits(labels, 'test' in settings)[split]
     size, seed = settings['size'], settings['seed']
+    keypoints = 'keypoints' in settings
     images, annotations = [], []
     (root / split).mkdir()
     console = Console(stderr=True)
     silent = not console.is_terminal
     for index in track(range(settings[split]), split, console=console, disable=silent):
         rng = np.random.default_rng([seed, SPLITS.index(split), index])
-        image, digits = compose_image(ink, pool, photos, size, rng, 'hard' in settings)
+        image, digits = compose_image(ink, pool, photos, size, rng, 'hard' in settings, keypoints)
         name, image_id = f'{index + 1:06d}.jpg', index + 1
         write_jpeg(root / split / name, image)
         images.append({'id': image_id, 'file_name': name, 'width': size, 'height': size})
-        for source, mask in digits:
+        for source, mask, corners in digits:
             ids = {'id': len(annotations) + 1, 'image_id': image_id}
             annotations.append({**ids, **annotate_digit(mask, source, labels[source])})
+            if keypoints:
+                annotations[-1].update(annotate_corners(corners))
     content = {
         'info': {'description': DESCRIPTION, 'made_by': MADE_BY, 'split': split, 'seed': seed},
         'images': images,
         'annotations': annotations,
         'categories': [{'id': label + 1, 'name': str(label)} for label in range(10)],
     }
+    if keypoints:
+        skeleton = [[1, 2], [2, 3], [3, 4], [4, 1]]
+        content['categories'] = [
+            {'id': 1, 'name': 'digit', 'keypoints': CORNERS, 'skeleton': skeleton}]
     (root / 'annotations' / f'{split}.json').write_text(json.dumps(content), encoding='utf-8')
 
 
@@ -324,6 +369,7 @@ def parse_args(argv=None):
     kind.add_argument('--hard', action='store_true', help='smaller digits, among parts of others')
     kind.add_argument('--classification', action='store_true',
                       help='one digit an image, a folder a class')
+    kind.add_argument('--keypoints', action='store_true', help='turned digits and their corners')
     args = parser.parse_args(argv)
     smallest = 32 if args.classification else 64
     for name, minimum in {'train': 1, 'val': 1, 'test': 0, 'size': smallest, 'seed': 0}.items():
@@ -336,7 +382,7 @@ def main(argv=None):
     """Run the command line; every expected failure is one sentence and exit status 1."""
     args = parse_args(argv)
     settings = {'made_by': MADE_BY, **vars(args)}
-    for name in ('hard', 'classification', 'test'):
+    for name in ('hard', 'classification', 'keypoints', 'test'):
         if not settings[name]:
             del settings[name]  # so that datasets made before there was it are reused
     out_dir = settings.pop('out_dir').resolve()

@@ -1,0 +1,3 @@
+_base_ = './td-hm_mobilenet-v2_8xb64-210e_coco-256x192.py'
+
+model = dict(backbone=dict(widen_factor=0.5))
