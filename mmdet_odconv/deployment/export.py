@@ -76,15 +76,15 @@ def export_detector(detector: TensorDetector, path: Path, images: Sequence[Tenso
         InputError: if the file cannot be written, differs from the detector, or has a name that
             does not end as its format's do, or if ``opset`` is too old.
     """
-    if path.suffix != FORMATS[format]:
-        raise InputError(f'{path} is to be of {format}, whose files end in {FORMATS[format]} here: '
-                         'give such a name.')
     if opset < OPSET:
         raise InputError(f'opset is {opset}, where at least {OPSET} was expected, the first whose '
                          'RoiAlign knows where pixels are.')
+    if half and format != 'onnx':
+        raise InputError(f'half is for onnx, and the format is {format}: leave half out.')
+    if path.suffix != FORMATS[format]:
+        raise InputError(f'{path} is to be of {format}, whose files end in {FORMATS[format]} here: '
+                         'give such a name.')
     if half:
-        if format != 'onnx':
-            raise InputError(f'half is for onnx, and the format is {format}: leave half out.')
         detector.load_state_dict(halved(detector.state_dict()))
     with writing(path, force) as temporary, torch.no_grad(), warnings.catch_warnings():
         # Of branches on shapes, which are the same for every image.
