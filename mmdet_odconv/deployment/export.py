@@ -114,8 +114,9 @@ def as_program(detector: TensorDetector, image: Tensor) -> torch.export.Exported
             raise InputError(f'{name} is multi-scale deformable attention, which takes sizes of '
                              'maps from tensors and cannot be exported as pt2: use onnx.')
     size = torch.export.Dim.DYNAMIC
-    return torch.export.export(detector, (image, ), dynamic_shapes=({2: size, 3: size}, ),
-                               strict=False)
+    with torch.no_grad():
+        return torch.export.export(detector, (image, ), dynamic_shapes=({2: size, 3: size}, ),
+                                   strict=False)
 
 
 def write_onnx(module: nn.Module, image: Tensor, path: Path, names: Sequence[str],
