@@ -77,15 +77,15 @@ def export_detector(detector: TensorDetector, path: Path, images: Sequence[Tenso
         InputError: if the file cannot be written, differs from the detector, or has a name that
             does not end as its format's do, or if ``opset`` is too old.
     """
-    if path.suffix != FORMATS[format]:
-        raise InputError(f'{path} is to be of {format}, whose files end in {FORMATS[format]} here: '
-                         'give such a name.')
     if opset < OPSET:
         raise InputError(f'opset is {opset}, where at least {OPSET} was expected, the first whose '
                          'RoiAlign knows where pixels are.')
+    if half and format != 'onnx':
+        raise InputError(f'half is for onnx, and the format is {format}: leave half out.')
+    if path.suffix != FORMATS[format]:
+        raise InputError(f'{path} is to be of {format}, whose files end in {FORMATS[format]} here: '
+                         'give such a name.')
     if half:
-        if format != 'onnx':
-            raise InputError(f'half is for onnx, and the format is {format}: leave half out.')
         detector.load_state_dict(halved(detector.state_dict()))
     with writing(path, force) as temporary, torch.no_grad(), warnings.catch_warnings():
         # Of branches on shapes, which are the same for every image.
@@ -115,8 +115,9 @@ def as_program(detector: TensorDetector, image: Tensor) -> torch.export.Exported
             raise InputError(f'{name} is multi-scale deformable attention, which takes sizes of '
                              'maps from tensors and cannot be exported as pt2: use onnx.')
     size = torch.export.Dim.DYNAMIC
-    return torch.export.export(detector, (image, ), dynamic_shapes=({2: size, 3: size}, ),
-                               strict=False)
+    with torch.no_grad():
+        return torch.export.export(detector, (image, ), dynamic_shapes=({2: size, 3: size}, ),
+                                   strict=False)
 
 
 def write_onnx(module: nn.Module, image: Tensor, path: Path, names: Sequence[str],
