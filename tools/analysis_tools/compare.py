@@ -288,7 +288,7 @@ def draw(rows, path):
                                  color='0.92', zorder=-1)
         axis.set_yticks(range(len(found)), [
             f'{short_name(row)}  ({row["params"]:.1f}M, {row["gmadds"]:.2f}G)' for row in found])
-        axis.set(xlabel='box mAP (in brackets: parameters, multiply-adds)', title=host,
+        axis.set(xlabel='box mAP\n(in brackets: parameters, multiply-adds)', title=host,
                  ylim=(-0.6, len(found) - 0.4))
         axis.margins(x=0.1)
     figure.savefig(path, dpi=120)
