@@ -321,8 +321,11 @@ def in_range(function: Callable, tensor: Tensor, *others: Tensor):
 
 
 def placed(module: Module, device, dtype) -> Module:
-    """``module`` on a device in a dtype; untouched, as a fake one must be, if neither is given."""
-    return module if device is dtype is None else module.to(device=device, dtype=dtype)
+    """``module`` on a device in a dtype; as it is, as a fake one must be, if it is there."""
+    is_there = all(device in (None, tensor.device)
+                   and (dtype in (None, tensor.dtype) or not tensor.is_floating_point())
+                   for tensor in (*module.parameters(), *module.buffers()))
+    return module if is_there else module.to(device=device, dtype=dtype)
 
 
 def set_temperature(model: nn.Module, value: float) -> None:

@@ -90,7 +90,8 @@ def _dynamic(conv: nn.Conv2d, layer: type, conv_cfg: dict, inflate: bool) -> Dyn
                     conv.padding_mode, conv.weight.device, conv.weight.dtype, **conv_cfg)
     if inflate:
         dynamic.inflate(conv.weight, conv.bias)
-    if conv.weight.is_contiguous(memory_format=torch.channels_last):
+    if (conv.weight.is_contiguous(memory_format=torch.channels_last)
+            and not conv.weight.is_contiguous()):  # both, and nothing to do, in a 1x1 kernel
         dynamic.to(memory_format=torch.channels_last)
     if not conv.weight.requires_grad:
         dynamic.requires_grad_(False)

@@ -7,6 +7,7 @@ from mmdet.models.backbones import MobileNetV2, ResNet, ResNetV1d, ResNeXt
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.registry import MODELS
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmdet_odconv import (
     CondConv2d,
@@ -16,6 +17,8 @@ from mmdet_odconv import (
     DyMobileNetV3,
     DyResNet,
     InputError,
+    KWMobileNetV2,
+    KWResNet,
     MobileNetV3,
     ODConv2d,
     ODMobileNetV2,
@@ -386,3 +389,13 @@ def test_an_attention_that_keeps_batch_norm_where_the_backbone_has_another_is_sa
     assert len(said) == count
     assert all(re.search(rf'has norm_cfg type {kind}, .* keeps BatchNorm: conv_cfg=dict\(norm_cfg='
                          rf"dict\(type='{kind}'\)\)", message) for message in said)
+
+
+@pytest.mark.parametrize('build', [
+    lambda: ODResNet(18, kernel_num=2), lambda: ODMobileNetV2(kernel_num=1), lambda: KWResNet(18),
+    KWMobileNetV2])
+@pytest.mark.parametrize('place', [FakeTensorMode, lambda: torch.device('meta')])
+def test_is_made_without_memory(build, place):
+    with place():
+        maps = build()(torch.randn(2, 3, 64, 64))
+    assert maps[-1].shape[2:] == (2, 2)
