@@ -24,6 +24,7 @@ metainfo = dict(
     },
     joint_weights=[1.] * 4,
     sigmas=[0.05] * 4)
+images = dict(type='CocoDataset', data_root=data_root, data_mode='topdown', metainfo=metainfo)
 prepare = [
     dict(type='LoadImage'),
     dict(type='GetBBoxCenterScale'),
@@ -35,10 +36,7 @@ train_dataloader = dict(
     num_workers=0,
     sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(
-        type='CocoDataset',
-        data_root=data_root,
-        data_mode='topdown',
-        metainfo=metainfo,
+        **images,
         ann_file='annotations/train.json',
         data_prefix=dict(img='train/'),
         pipeline=[
@@ -50,10 +48,7 @@ val_dataloader = dict(
     num_workers=0,
     sampler=dict(type='DefaultSampler', shuffle=False, round_up=False),
     dataset=dict(
-        type='CocoDataset',
-        data_root=data_root,
-        data_mode='topdown',
-        metainfo=metainfo,
+        **images,
         ann_file='annotations/val.json',
         data_prefix=dict(img='val/'),
         test_mode=True,
