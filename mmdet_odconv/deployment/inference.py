@@ -84,6 +84,9 @@ def _detect_in_video(inferencer, path: Path, out_dir: Path, score: float) -> int
     writer = cv2.VideoWriter(str(out_dir / 'vis' / path.name),
                              cv2.VideoWriter.fourcc(*CODECS[path.suffix.lower()]), video.fps,
                              video.resolution)
+    if not writer.isOpened():
+        raise InputError(f'OpenCV here cannot write {path.suffix} videos: convert {path} to AVI, '
+                         'or give its frames as a folder of images.')
     predictions = []
     for frame in track(video, 'Inference'):
         found = inferencer(frame, return_vis=True, pred_score_thr=score)

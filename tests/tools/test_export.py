@@ -4,6 +4,8 @@ import json
 import re
 import runpy
 import sys
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import cv2
 import digits
@@ -166,19 +168,20 @@ def test_image_demo(root, run):
     assert 'did you mean faster-rcnn_od-r18-k4_fpn_digits.py' in code
 
 
-def test_image_demo_of_a_video(root, run):
+@pytest.mark.parametrize(('name', 'codec'), [('clip.avi', 'MJPG'), ('clip.mp4', 'mp4v')])
+def test_image_demo_of_a_video(root, run, monkeypatch, name, codec):
     """A frame is detected in as an image is, and drawn on."""
     shape = (96, 128, 3)
-    writer = cv2.VideoWriter(str(root / 'clip.avi'), cv2.VideoWriter_fourcc(*'MJPG'), 5,
-                             shape[1::-1])
+    writer = cv2.VideoWriter(str(root / name), cv2.VideoWriter.fourcc(*codec), 5, shape[1::-1])
     for _ in range(3):
         writer.write(np.random.randint(0, 255, shape, np.uint8))
     writer.release()
-    code, said = run('image_demo.py', 'clip.avi', 'faster.py', '--weights', 'faster.pth', '--out',
-                     'clip', '--device', 'cpu', '--score', '0')
+    demo = ('image_demo.py', name, 'faster.py', '--weights', 'faster.pth', '--out', 'clip',
+            '--device', 'cpu', '--score', '0')
+    code, said = run(*demo)
     assert code is None and '3 images or frames' in said
-    video, drawn = (list(mmcv.VideoReader(str(root / path))) for path in ('clip.avi',
-                                                                          'clip/vis/clip.avi'))
+    video, drawn = (list(mmcv.VideoReader(str(root / path))) for path in (name,
+                                                                          f'clip/vis/{name}'))
     assert len(video) == len(drawn) == 3 and drawn[0].shape == shape
     assert np.abs(drawn[0].astype(int) - video[0]).max() > 100
     predictions = json.loads((root / 'clip/preds/clip.json').read_text())
@@ -191,6 +194,9 @@ def test_image_demo_of_a_video(root, run):
     code, _ = run('image_demo.py', 'broken.mp4', 'faster.py', '--weights', 'faster.pth', '--device',
                   'cpu')
     assert code.startswith('error: broken.mp4 could not be read as a video')
+    unopened = SimpleNamespace(isOpened=lambda: False)  # as OpenCV's is without such a codec
+    monkeypatch.setattr(cv2, 'VideoWriter', Mock(return_value=unopened))
+    assert run(*demo)[0].startswith(f'error: OpenCV here cannot write {name[-4:]} videos: convert')
 
 
 def test_configs_by_name(tmp_path):
