@@ -1,4 +1,6 @@
 """Data sets damaged in one way each: what is refused, what is warned of, and by which sentence."""
+import contextlib
+import gc
 import json
 import logging
 import os
@@ -12,7 +14,7 @@ from mmengine.dataset import RepeatDataset, pseudo_collate
 from torch.utils.data import DataLoader
 
 from mmdet_odconv import InputError
-from mmdet_odconv.engine.data_check import SAMPLE, check_data
+from mmdet_odconv.engine.data_check import SAMPLE, check_data, no_garbage_collection
 from mmdet_odconv.engine.launch import explain
 
 TRIANGLE = [[8, 8, 40, 8, 8, 40]]
@@ -204,6 +206,15 @@ def test_strict_can_be_relaxed(tmp_path, monkeypatch):
 def test_json_nested_deep(tmp_path):
     sentence = answer(tmp_path, '[' * 100_000 + ']' * 100_000)
     assert 'could not be read as COCO (RecursionError' in sentence
+
+
+def test_garbage_is_collected_again_however_the_pass_ends():
+    for error in (None, ValueError):
+        with contextlib.suppress(ValueError), no_garbage_collection():
+            assert not gc.isenabled()
+            if error:
+                raise error
+        assert gc.isenabled()
 
 
 def test_a_sample_of_many_images_is_read(tmp_path, monkeypatch):
