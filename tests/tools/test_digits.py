@@ -145,7 +145,9 @@ def test_a_hard_image_has_smaller_digits_among_strokes_of_no_class(digits):
 
 def test_a_hard_dataset_is_told_from_a_plain_one(digits, dataset, tmp_path):
     digits.main([str(tmp_path / 'hard'), *SMALL, '--hard'])
-    assert load_json(tmp_path / 'hard', 'train')['images'] == load_json(dataset, 'train')['images']
+    hard = load_json(tmp_path / 'hard', 'train')
+    assert hard['images'] == load_json(dataset, 'train')['images']
+    assert max(max(one['bbox'][2:]) for one in hard['annotations']) <= 96 // 6
     assert '--seed 0 --hard, where --train 6' in refusal(digits, tmp_path / 'hard', *SMALL)
 
 
