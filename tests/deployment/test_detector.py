@@ -1,4 +1,4 @@
-"""Detectors of one stage and DETRs as functions of tensors and as files: what predict answers."""
+"""Detectors of one stage, cascades and DETRs as functions of tensors and as files: what predict answers."""
 import re
 
 import digits
@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmdet.models import ConditionalDETRHead
+from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.hub import get_config
@@ -73,6 +74,50 @@ def spread(model):
             module.bias.data.fill_(-1)
 
 
+def cascade(masks):
+    """Two stages of three heads, which tell regions apart."""
+    kind = 'cascade-mask' if masks else 'cascade'
+    config = get_config(f'mmdet::cascade_rcnn/{kind}-rcnn_r50_fpn_1x_coco.py')
+    head = config.model.roi_head
+    for bbox_head in head.bbox_head:
+        bbox_head.update(in_channels=16, fc_out_channels=32, num_classes=5)
+    head.bbox_roi_extractor.out_channels = 16
+    changes = dict(RESNET, rpn_head=dict(in_channels=16, feat_channels=16),
+                   test_cfg=dict(rpn=dict(max_per_img=40), rcnn=dict(max_per_img=20)))
+    changes['backbone'] = dict(changes['backbone'], type='ODResNet')
+    config.merge_from_dict(dict(model=changes))
+    if masks:
+        head.mask_roi_extractor.out_channels = 16
+        head.mask_head.update(in_channels=16, conv_out_channels=16, num_classes=5)
+    torch.manual_seed(2)  # whose weights find several classes
+    model = build_model(config).eval()
+    for name, parameter in model.named_parameters():
+        if 'fc_cls' in name or 'fc_reg' in name or 'logits' in name or '_fc' in name:
+            parameter.data.normal_(std=0.05 if 'reg' in name or 'bias' in name else 0.14)
+    return model
+
+
+@pytest.mark.parametrize('masks', [False, True])
+def test_cascade(masks, tmp_path):
+    model = cascade(masks)
+    expected = [predict(model, x) for x in IMAGES]
+    detector = TensorDetector(model)
+    assert detector.output_names[3:] == ['masks'] * masks
+    for image, found in zip(IMAGES, expected):
+        with torch.no_grad():
+            boxes, scores, labels, *grids = detector(image)
+        assert len(boxes) > 9 and len(labels.unique()) > 1 and scores[0] < 1 - 1e-6
+        torch.testing.assert_close(boxes, found.bboxes)
+        torch.testing.assert_close(scores, found.scores)
+        assert torch.equal(labels, found.labels)
+        for grid in grids:
+            pasted, _ = _do_paste_mask(grid[:, None], boxes, *image.shape[2:], skip_empty=False)
+            assert ((pasted >= 0.5) != found.masks).float().mean() < 1e-3
+            assert 0.1 < found.masks.float().mean() < 0.9
+    found = export_detector(detector, tmp_path / 'model.onnx', IMAGES)
+    assert [f['detections'] for f in found] == [len(e.bboxes) for e in expected]
+
+
 def detr(name):
     """Of one layer each, with weights that tell queries and images apart."""
     config = get_config(f'mmdet::{name}')
@@ -108,7 +153,8 @@ def predict(model, image, divisor=None):
     padded = F.pad(image, (0, -width % divisor, 0, -height % divisor),
                    value=model.data_preprocessor.pad_value)
     sample = DetDataSample(metainfo=dict(
-        img_shape=(height, width), batch_input_shape=padded.shape[2:], scale_factor=(1, 1)))
+        img_shape=(height, width), ori_shape=(height, width),
+        batch_input_shape=padded.shape[2:], scale_factor=(1, 1)))
     return model.predict(padded, [sample])[0].pred_instances
 
 
