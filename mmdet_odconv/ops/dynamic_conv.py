@@ -24,6 +24,7 @@ from .grouped import grouped_conv2d
 from .machine import Machine
 
 Size2d = Union[int, Tuple[int, int]]
+ATTENTION_LAUNCHES = 12  # of a forward pass of ODConv's attention
 
 
 def dynamic_conv2d(input: Tensor,
@@ -204,6 +205,29 @@ def plan_costs(is_cpu: bool, machine: Machine, element_size: int, training: bool
         if training:
             costs['shared'] += seconds(3 * once, 2 * maps, 9)
     return costs
+
+
+def layer_costs(machine: Machine, element_size: int, training: bool, input_shape, weight_shape,
+                stride, padding, dilation, groups: int, kernel_is_shared: bool) -> Dict[str, float]:
+    """Seconds that a whole layer would take on a GPU, attention included, by the roofline.
+
+    'static' is nn.Conv2d, which takes its flops or the traffic of its maps, whichever is more.
+    Beside what it takes, a dynamic layer has what its plan does beyond the same flops, and
+    'attention': a read of its input to average it, and launches, as many again for each half of
+    the backward pass. 'chosen' is the least.
+    """
+    passes = 3 if training else 1
+    pixels = math.prod(output_size(input_shape, weight_shape, stride, padding, dilation))
+    flops = 2 * input_shape[0] * pixels * math.prod(weight_shape[1:])
+    read = math.prod(input_shape) * element_size / machine.bandwidth
+    written = input_shape[0] * weight_shape[1] * pixels * element_size / machine.bandwidth
+    static = passes * (max(flops / machine.convolution, read + written) + machine.overhead)
+    attention = read + ATTENTION_LAUNCHES * passes * machine.overhead
+    costs = plan_costs(False, machine, element_size, training, input_shape, weight_shape, stride,
+                       padding, dilation, groups, kernel_is_shared)
+    seconds = {plan: static + attention + max(0, cost - passes * flops / machine.convolution)
+               for plan, cost in costs.items()}
+    return dict(seconds, chosen=min(seconds.values()), static=static, attention=attention)
 
 
 def _empty_batch(input, weight, a, s, c, f, stride, padding, dilation, groups) -> Tensor:

@@ -16,7 +16,13 @@ from mmdet_odconv.ops import (
     kernels,
     set_machine,
 )
-from mmdet_odconv.ops.dynamic_conv import PLANS, choose_plan, plan_costs
+from mmdet_odconv.ops.dynamic_conv import (
+    ATTENTION_LAUNCHES,
+    PLANS,
+    choose_plan,
+    layer_costs,
+    plan_costs,
+)
 from mmdet_odconv.ops.kernels import BLOCK_BYTES
 from mmdet_odconv.ops.machine import NOMINAL, Machine
 
@@ -224,6 +230,25 @@ FREE = dict(convolution=1e30, grouped=1e30, product=1e30, patches=1e30, bandwidt
             overhead=1e-30)
 FLOPS, ELEMENTS, PATCHES, CALLS = (Machine(**{**FREE, **one}) for one in (
     dict(convolution=1), dict(bandwidth=1), dict(patches=1), dict(overhead=1)))
+
+
+def test_costs_of_a_layer():
+    def costs(machine, training=False, stride=1):
+        return layer_costs(machine, 1, training, (2, 64, 10, 12), (4, 32, 64, 3, 3),
+                           (stride, stride), (1, 1), (1, 1), 1, False)
+
+    flops, maps = 2 * 2 * 32 * 64 * 9 * 120, 2 * (64 + 32) * 120
+    assert costs(FLOPS)['static'] == pytest.approx(flops)
+    assert costs(FLOPS)['folded'] == pytest.approx(flops)  # no more of them, grouped or not
+    assert costs(FLOPS, training=True, stride=2)['static'] == pytest.approx(3 * flops / 4)
+    assert costs(ELEMENTS)['static'] == pytest.approx(maps)
+    assert costs(ELEMENTS)['attention'] == pytest.approx(2 * 64 * 120)  # its input read
+    kernels = 4 * 32 * 64 * 9 + 2 * 2 * 32 * 64 * 9
+    assert costs(ELEMENTS)['folded'] == pytest.approx(maps + 2 * 64 * 120 + kernels)
+    assert costs(CALLS)['attention'] == pytest.approx(ATTENTION_LAUNCHES)
+    assert costs(CALLS, training=True)['attention'] == pytest.approx(3 * ATTENTION_LAUNCHES)
+    found = costs(CALLS)
+    assert found['chosen'] == min(set(found.values()) - {found['static'], found['attention']})
 
 
 def test_costs_of_plans():

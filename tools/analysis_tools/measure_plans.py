@@ -8,12 +8,10 @@ A layer of the backbone that occurs several times is timed once. Milliseconds ar
 over interleaved rounds; a choice is good if it is within a tenth of the fastest plan.
 
 --estimate runs nothing: for each machine of a file, as ``python -m mmdet_odconv.ops`` keeps them,
-it adds up what the roofline expects of fp16 layers. A static layer takes its flops or the traffic
-of its maps, whichever is more; a dynamic one adds what its plan does beyond those flops, a read of
-its input to average it, and the launches of its attention.
+it adds up what the roofline expects of fp16 layers.
 """
 import argparse
-import math
+import collections
 import statistics
 import time
 from pathlib import Path
@@ -25,12 +23,10 @@ from rich.table import Table
 from mmdet_odconv import backbones
 from mmdet_odconv.layers import DynamicConv2d
 from mmdet_odconv.ops import dynamic_conv2d, force_plan
-from mmdet_odconv.ops.convolution import output_size
-from mmdet_odconv.ops.dynamic_conv import PLANS, choose_plan, plan_costs
+from mmdet_odconv.ops.dynamic_conv import PLANS, choose_plan, layer_costs, plan_costs
 from mmdet_odconv.ops.machine import NOMINAL, read
 
 FP16 = 2  # bytes
-ATTENTION_LAUNCHES = 12  # of a forward pass of ODConv's attention, and as many and again backward
 
 
 def layer_calls(model, x, distinct=True):
@@ -88,22 +84,10 @@ def measure(mode, call, attentions, rounds):
 
 def estimate(machine, training, calls):
     """Seconds that the roofline expects of a network's layers: static, and by each plan."""
-    passes, totals = 3 if training else 1, {}
+    totals = collections.Counter()
     for (x, weight, *geometry), attentions in calls:
-        height, width = output_size(x.shape, weight.shape, *geometry[:3])
-        flops = 2 * len(x) * height * width * math.prod(weight.shape[1:])
-        maps = FP16 * (x.numel() + len(x) * weight.shape[1] * height * width) / machine.bandwidth
-        static = passes * (max(flops / machine.convolution, maps) + machine.overhead)
-        beside = (FP16 * x.numel() / machine.bandwidth
-                  + ATTENTION_LAUNCHES * passes * machine.overhead)
-        costs = plan_costs(False, machine, FP16, training, x.shape, weight.shape, *geometry,
-                           not {'kernel_attention', 'spatial_attention'} & set(attentions))
-        seconds = {plan: static + beside + max(0, cost - passes * flops / machine.convolution)
-                   for plan, cost in costs.items()}
-        seconds.update(static=static, chosen=min(seconds.values()))
-        seconds['attention'] = beside
-        for name, value in seconds.items():
-            totals[name] = totals.get(name, 0) + value
+        totals.update(layer_costs(machine, FP16, training, x.shape, weight.shape, *geometry,
+                                  not {'kernel_attention', 'spatial_attention'} & set(attentions)))
     return totals
 
 
