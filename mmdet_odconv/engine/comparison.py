@@ -35,6 +35,9 @@ def equal_budget(config: Config, iterations: int, seed: int, images: int,
     config.log_processor.by_epoch = False
     # Evaluations are logged at their iteration; by epoch, all of them would be at 0.
     config.default_hooks.logger.log_metric_by_epoch = False
+    # What is not logged once leaves neither a loss nor a time to report.
+    config.default_hooks.logger.interval = min(
+        config.default_hooks.logger.get('interval', 10), iterations)  # 10 is MMEngine's
     config.default_hooks.checkpoint.update(
         by_epoch=False, interval=max(1, iterations // 4), max_keep_ckpts=1)
     for hook in config.get('custom_hooks', []):
