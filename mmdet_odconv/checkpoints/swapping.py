@@ -11,11 +11,12 @@ from torch import nn
 
 from ..backbones.dynamic import DynamicBackbone
 from ..errors import InputError
-from ..layers import DynamicConv2d
+from ..layers import DynamicConv2d, KWConv2d
 from .files import kept_meta, provenance
 
 SWAPS = {'ResNet': 'ODResNet', 'ResNetV1d': 'ODResNetV1d', 'ResNeXt': 'ODResNeXt',
          'MobileNetV2': 'ODMobileNetV2'}
+WAREHOUSE_SWAPS = {'ResNet': 'KWResNet', 'MobileNetV2': 'KWMobileNetV2'}
 
 
 def locate_config(name: str) -> Tuple[Path, str]:
@@ -55,7 +56,8 @@ def swap_backbone(config: Config, kernel_num: Optional[int] = None,
         kernel_num: number of kernels in each bank; the layer's own default where not given.
         init_cfg: what a ``Pretrained`` of the backbone, or of what it is in, becomes; ``None``
             initialises nothing.
-        layer: name of a dynamic convolution, such as 'FDConv2d'.
+        layer: name of a dynamic convolution, such as 'FDConv2d'; 'KWConv2d' makes a ResNet or
+            MobileNetV2 its KernelWarehouse kind, at a budget of 1x.
 
     Raises:
         InputError: with the reason, if the backbone cannot be made dynamic, if there is no such
@@ -82,10 +84,12 @@ def swap_backbone(config: Config, kernel_num: Optional[int] = None,
 
 def layer_config(layer: str, kernel_num: Optional[int] = None) -> dict:
     """``conv_cfg`` of a dynamic layer, its bank said; InputError if there is none such."""
-    cls = MODELS.get(layer)
+    # Of KernelWarehouse none is registered alone, since layers share its cells.
+    cls = KWConv2d if layer == KWConv2d.__name__ else MODELS.get(layer)
     if cls is None or not issubclass(cls, DynamicConv2d):
-        known = sorted(name for name, other in MODELS.module_dict.items()
-                       if isinstance(other, type) and issubclass(other, DynamicConv2d))
+        known = sorted([KWConv2d.__name__, *(
+            name for name, other in MODELS.module_dict.items()
+            if isinstance(other, type) and issubclass(other, DynamicConv2d))])
         raise InputError(f'{layer} is no dynamic layer: give one of {", ".join(known)}.')
     bank = inspect.signature(cls).parameters.get('kernel_num')
     if bank is None:
@@ -146,6 +150,12 @@ def _change_of(backbone: dict, conv_cfg: dict) -> Dict[str, object]:
     static = backbone.get('conv_cfg', getattr(parameter, 'default', None))
     if isinstance(static, dict):
         raise InputError(f'{name} has conv_cfg={static["type"]} already.')
+    if conv_cfg['type'] == KWConv2d.__name__:
+        if name not in WAREHOUSE_SWAPS:
+            raise InputError(f'{name} has no KernelWarehouse kind, which '
+                             f'{" and ".join(WAREHOUSE_SWAPS)} have: give another layer.')
+        dynamic = WAREHOUSE_SWAPS[name]
+        return dict(_defaults_of(cls, MODELS.get(dynamic), backbone), type=dynamic)
     if name in SWAPS:
         kept = _defaults_of(cls, MODELS.get(SWAPS[name]), backbone)
         if conv_cfg['type'] != 'ODConv2d':

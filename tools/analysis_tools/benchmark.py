@@ -4,12 +4,13 @@
     python benchmark.py backbone ODResNet --depth 50 --batch 1 2 --size 416 672
     python benchmark.py backbone ODResNet --batch 1 --fuse
     python benchmark.py backbone ODResNet --layer FDConv2d --layer-options fbm=False
+    python benchmark.py backbone KWResNet --batch 2
     python benchmark.py model torchvision.models.resnet50 --include 'layer.*conv.'
     python benchmark.py detector faster-rcnn_od-r50-k4_fpn_1x_coco.py --mode iteration
     python benchmark.py --suite
 
 Alternatives, interleaved round by round: ``static`` (nn.Conv2d), ``grouped`` (the formulation of
-the published code, a plan of dynamic_conv2d; DCD has none) and ``ours`` (the plan that
+the published code, a plan of dynamic_conv2d; DCD and KernelWarehouse have none) and ``ours`` (the plan that
 dynamic_conv2d chooses). Milliseconds are medians over the rounds. Modes: 'inference', a forward
 pass; 'training', a forward and a backward pass; 'iteration', of a detector, both with its losses
 on random boxes, and the step of its config's optimizer. 'saved' is the memory that autograd keeps
@@ -58,6 +59,7 @@ SUITE += [('backbone', 'ODResNet', '--layer', layer, '--batch', 2, '--size', *CO
 SUITE += [('backbone', 'ODResNet', '--layer', 'FDConv2d', '--batch', 2, '--size', *COCO, *options)
           for options in ((), ('--layer-options', 'fbm=False'),
                           ('--layer-options', 'fbm=False', 'local=False'))]
+SUITE += [('backbone', 'KWResNet', '--batch', 2, '--size', *COCO)]
 SUITE += [('backbone', name, '--batch', 1, '--size', *COCO, '--fuse')
           for name in ('ODResNet', 'ODMobileNetV2')]
 DETECTORS = [('detector', f'faster-rcnn_{name}_fpn_1x_coco.py', '--batch', batch, '--size', *COCO)
@@ -80,7 +82,8 @@ class Case:
         self.step = step
         self.models = {'static': (static, None), 'grouped': (dynamic, 'grouped'),
                        'ours': (dynamic, None)}
-        if any(isinstance(module, layers.DCDConv2d) for module in dynamic.modules()):
+        if any(isinstance(module, (layers.DCDConv2d, layers.KWConv2d))
+               for module in dynamic.modules()):
             del self.models['grouped']
 
     @contextlib.contextmanager
@@ -222,7 +225,9 @@ def backbone_case(args, batch, kernel_num):
     arguments = {'depth': args.depth} if is_resnet else {'widen_factor': args.widen_factor}
     arguments['norm_eval'] = False
     static = getattr(static_backbones, name[len('OD'):])(**arguments)
-    dynamic = getattr(backbones, name)(conv_cfg=layer_config(args, kernel_num), **arguments)
+    shares = name.startswith('KW')  # its layers share a warehouse, which no conv_cfg could say
+    dynamic = getattr(backbones, name)(
+        conv_cfg=None if shares else layer_config(args, kernel_num), **arguments)
     if args.fuse:
         from mmdet_odconv import fuse
         for model in (static, dynamic):
@@ -230,7 +235,9 @@ def backbone_case(args, batch, kernel_num):
             fuse(model)
     x = torch.randn(batch, 3, *args.size, device=args.device)
     label = f'{name[2:]}{args.depth if is_resnet else ""}{" fused" if args.fuse else ""}'
-    return Case(describe(label, batch, args.size, args, kernel_num), static.to(args.device),
+    label = (describe(f'{label} KW', batch, args.size) if shares else
+             describe(label, batch, args.size, args, kernel_num))
+    return Case(label, static.to(args.device),
                 dynamic.to(args.device), x, DTYPES[args.dtype])
 
 
