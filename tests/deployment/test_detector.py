@@ -1,4 +1,4 @@
-"""Detectors of one stage, cascades and DETRs as functions of tensors and as files: what predict answers."""
+"""Detectors as functions of tensors and as files: one stage, cascades, DETRs, against predict."""
 import re
 
 import digits

@@ -10,11 +10,11 @@
     python benchmark.py --suite
 
 Alternatives, interleaved round by round: ``static`` (nn.Conv2d), ``grouped`` (the formulation of
-the published code, a plan of dynamic_conv2d; DCD and KernelWarehouse have none) and ``ours`` (the plan that
-dynamic_conv2d chooses). Milliseconds are medians over the rounds. Modes: 'inference', a forward
-pass; 'training', a forward and a backward pass; 'iteration', of a detector, both with its losses
-on random boxes, and the step of its config's optimizer. 'saved' is the memory that autograd keeps
-for the backward pass beyond parameters, each storage counted once; 'peak', on CUDA, what a
+the published code, a plan of dynamic_conv2d; DCD and KernelWarehouse have none) and ``ours`` (the
+plan that dynamic_conv2d chooses). Milliseconds are medians over the rounds. Modes: 'inference', a
+forward pass; 'training', a forward and a backward pass; 'iteration', of a detector, both with its
+losses on random boxes, and the step of its config's optimizer. 'saved' is the memory that autograd
+keeps for the backward pass beyond parameters, each storage counted once; 'peak', on CUDA, what a
 training step takes at most beyond what was there before it, the parameters of all alternatives;
 'reduced', the gradients that each GPU sends and receives in an iteration of a distributed run.
 
