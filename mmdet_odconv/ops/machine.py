@@ -5,12 +5,12 @@ A plan is chosen by the time that it would take,
     seconds = flops / throughput + bytes / bandwidth + calls * overhead
 
 and none of the constants is written down from one machine: they are measured the first time that
-a device computes in a dtype, in about 0.2 s, and kept in the user's cache directory, so that
-later processes on the machine choose alike. A CPU that other work is pulling at is not measured:
-what it seemed to do would be kept long after that work has ended, so :data:`NOMINAL` stands for
-it, and the next process looks again. ``MMDET_ODCONV_MACHINE`` in the environment says otherwise:
-``nominal`` measures nothing and takes :data:`NOMINAL`; the name of a file has the constants read
-from it, or measured and written to it where it is not there yet.
+a device computes in a dtype, in about 0.1 s, and kept in the user's cache directory, so that
+later processes on the machine choose alike. What a CPU does beside other work is not kept, long
+after that work has ended: :data:`NOMINAL` stands for it, and the next process looks again.
+``MMDET_ODCONV_MACHINE`` in the environment says otherwise: ``nominal`` measures nothing and takes
+:data:`NOMINAL`; the name of a file has the constants read from it, or measured and written to it
+where it is not there yet.
 
     python -m mmdet_odconv.ops    # measure anew, print and save
 """
@@ -28,18 +28,13 @@ from typing import Callable, Dict, Optional
 import torch
 import torch.nn.functional as F
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
 VARIABLE = 'MMDET_ODCONV_MACHINE'
 # What makes one processor compute like another: part of a measurement's name.
 INSTRUCTION_SETS = ('ATEN_CPU_CAPABILITY', 'MKL_ENABLE_INSTRUCTIONS', 'ONEDNN_MAX_CPU_ISA')
-TRIES, CALLS = 3, 10  # tiny calls, to be told apart from a clock's
-# Times a second that the processor is taken from a thread that wants to go on. On 2 cores, some
-# tens were counted while nothing else ran, and about 200 to 350 beside other jobs.
-MOST_PREEMPTIONS = 200
+TRIES, CALLS = 6, 10  # tiny calls, to be told apart from a clock's
+# Of a measurement, how long its thread must have had a processor: all the time (1.00) where nothing
+# else ran on 2 cores, and a third to four fifths of it beside other jobs.
+LEAST_SHARE = 0.95
 
 
 @dataclass(frozen=True)
@@ -97,21 +92,16 @@ def _kept(device: torch.device, dtype: torch.dtype, threads: int, deterministic:
     key = describe(device, dtype)
     kept = read(path)
     if key not in kept:
-        start, preempted = time.perf_counter(), preemptions()
+        start, running = time.perf_counter(), time.thread_time()
         measured = measure(device, dtype)
-        rate = (preemptions() - preempted) / (time.perf_counter() - start)
-        if device.type == 'cpu' and rate > MOST_PREEMPTIONS:
+        share = (time.thread_time() - running) / (time.perf_counter() - start)
+        if device.type == 'cpu' and share < LEAST_SHARE:
             return NOMINAL
         kept = read(path)  # of two processes that measure at once, both take what the first wrote
         if key not in kept:
             kept[key] = measured
             save(kept, path)
     return kept[key]
-
-
-def preemptions() -> int:
-    """How often the processor was taken from a thread of this process; 0 where none is counted."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource else 0
 
 
 def cache_file() -> Path:
@@ -163,11 +153,11 @@ def cpu_model() -> str:
 @torch.no_grad()
 def measure(device: torch.device, dtype: torch.dtype) -> Machine:
     """The constants of a device in a dtype, each from the quickest of a few interleaved tries."""
-    channels, size, batch = 256, 20, 2
+    channels, size, batch = 128, 20, 2
     x = torch.rand(batch, channels, size, size, device=device, dtype=dtype)
     kernels = torch.rand(batch, channels, channels, 3, 3, device=device, dtype=dtype)
     patches = torch.rand(batch, channels * 9, size * size, device=device, dtype=dtype)
-    large = torch.rand(2**22, device=device).view(torch.uint8)
+    large = torch.rand(2**21, device=device).view(torch.uint8)
     copy, tiny = torch.empty_like(large), torch.rand(1, 1, 1, 1, device=device, dtype=dtype)
     grouped = x.view(1, -1, size, size), kernels.flatten(0, 1)
     work: Dict[str, Callable] = dict(
