@@ -193,6 +193,8 @@ def make_static(config: dict) -> None:
         for argument in ('budget', 'kernel_num', 'reduction', 'init', 'dynamic_convs',
                          'frozen_except'):
             config.pop(argument, None)
+        if 'type' not in (config.get('conv_cfg') or {'type': None}):
+            del config['conv_cfg']  # arguments of the layer that the backbone itself names
     for key, value in list(config.items()):
         if DynamicConv2d in bases(value):
             del config[key]

@@ -78,6 +78,8 @@ def evaluate(config: Config, models: Dict[str, nn.Module],
     """Metrics and milliseconds per image of each model on the config's test set."""
     config = copy.deepcopy(config)
     config.work_dir, config.load_from = work_dir, None
+    # MMEngine keeps a visualizer by its name, and with it the first directory that it wrote to.
+    config.visualizer = dict(type='Visualizer', vis_backends=[], name=work_dir)
     runner = Runner.from_cfg(config)
     results = {}
     for name, model in models.items():

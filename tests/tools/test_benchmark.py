@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmdet.models.backbones import MobileNetV2
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
@@ -45,6 +46,12 @@ def test_the_static_alternative_is_the_detector_that_it_was(name, static):
             ).model)
             assert ({n: v.shape for n, v in model.state_dict().items()} ==
                     {n: v.shape for n, v in other.state_dict().items()})
+
+
+def test_arguments_of_a_backbones_own_layer_go_with_it():
+    config = dict(type='ODMobileNetV2', conv_cfg=dict(norm_cfg=dict(type='LN')), out_indices=(1,))
+    make_static(config)
+    assert config == dict(type=MobileNetV2, out_indices=(1,))
 
 
 def test_measured_plans_are_those_that_can_serve_each_layer():

@@ -1,4 +1,5 @@
 """The table of formats: each answers what torch does, a file of ONNX too."""
+import itertools
 import re
 
 import digits
@@ -65,14 +66,15 @@ def test_map_through_what_runs_it(config, tmp_path, monkeypatch):
     assert torch.equal(models['dynamic'].model.rpn_head.rpn_cls.weight,
                        weights['rpn_head.rpn_cls.weight'])
     dataset = DATASETS.build(loaded.test_dataloader.dataset)
-    samples = iter([dataset[i]['data_samples'] for i in range(len(dataset))])
+    samples = itertools.cycle([dataset[i]['data_samples'] for i in range(len(dataset))])
 
     def oracle(image):
         sample = next(samples)  # whose boxes are in pixels of the original image
         found, scale = sample.gt_instances, torch.tensor(sample.scale_factor).repeat(2)
         return [found.bboxes.tensor * scale, torch.ones(len(found.labels)), found.labels]
 
-    assert timing.mean_average_precision(loaded, models['dynamic'], oracle) == pytest.approx(1)
+    for _ in range(2):  # as for two formats
+        assert timing.mean_average_precision(loaded, models['dynamic'], oracle) == pytest.approx(1)
 
 
 def test_a_wrong_answer_is_told(config, monkeypatch):
