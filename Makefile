@@ -69,7 +69,7 @@ quickstart: env  ## data, training, COCO evaluation, pictures [MODEL=mask]
 	  { echo "error: MODEL=$(MODEL) is not known: use faster or mask."; exit 1; }
 	@echo '1 of 4: 1200 images, in data/digits'
 	@$(BIN)/python tools/dataset_converters/digits.py data/digits
-	@echo '2 of 4: training, in $(WORK): 3 epochs of 250 iterations, about 8 minutes on 2 cores. First'
+	@echo '2 of 4: training, in $(WORK): 3 epochs of 250 iterations, 8 to 17 minutes on 2 cores. First'
 	@echo '        the environment and the config are logged, then a line every 10 iterations.'
 	$(BIN)/mim train mmdet_odconv $(CONFIG) --work-dir $(WORK) --resume
 	@echo '3 of 4: COCO evaluation of the last checkpoint'

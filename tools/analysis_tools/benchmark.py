@@ -393,7 +393,7 @@ def draw(records, modes, path):
                 label.set_bbox(dict(facecolor='white', edgecolor='none', pad=0.5))
         axis.axvline(1, color='0.3', lw=1, zorder=0.5)
         axis.set(title=titles[panel], xlabel='ratio to static')
-        axis.margins(x=0.12)
+        axis.margins(x=0.18)
     axes[0, 0].set_yticks(range(len(labels)), labels)
     axes[0, 0].invert_yaxis()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=2,
