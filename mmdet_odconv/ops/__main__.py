@@ -20,7 +20,7 @@ for dtype in (torch.float32, torch.float16) if device.type == 'cuda' else (torch
     print(f'{describe(device, dtype)}, measured in {(time.perf_counter() - start) * 1e3:.0f} ms:\n'
           f'  convolution of an image {machine.convolution / 1e9:8.0f} Gflop/s\n'
           f'  grouped by image        {machine.grouped / 1e9:8.0f} Gflop/s\n'
-          f'  matrix product          {machine.product / 1e9:8.0f} Gflop/s\n'
+          f'  product, counted on for {machine.product / 1e9:8.0f} Gflop/s\n'
           f'  patches of maps         {machine.patches / 1e9:8.1f} GB/s\n'
           f'  bandwidth of a copy     {machine.bandwidth / 1e9:8.1f} GB/s\n'
           f'  overhead of a call      {machine.overhead * 1e6:8.1f} us')

@@ -180,8 +180,8 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
     return Machine(convolution=flops / seconds['convolution'],
                    grouped=batch * flops / seconds['grouped'],
                    product=PRODUCT_SHARE * batch * flops / seconds['product'],
-                   # Written once and read once; there are half of the two images'.
-                   patches=patches.numel() * patches.element_size() / seconds['patches'],
+                   # Of one image, written and read.
+                   patches=2 * patches[0].numel() * patches.element_size() / seconds['patches'],
                    bandwidth=2 * large.numel() / seconds['bandwidth'],
                    overhead=seconds['overhead'] / CALLS)
 
