@@ -3,9 +3,10 @@ import json
 import math
 
 import pytest
+from mmengine.config import Config
 
 from mmdet_odconv import InputError
-from mmdet_odconv.engine.comparison import paired_difference
+from mmdet_odconv.engine.comparison import equal_budget, paired_difference
 from mmdet_odconv.engine.data_sets import find_splits
 
 
@@ -22,6 +23,14 @@ def test_only_seeds_of_both_count():
     mean, half, n = paired_difference({0: 0.5, 1: 0.7}, {1: 0.6, 2: 0.9})
     assert (mean, n) == (pytest.approx(0.1), 1) and math.isnan(half)
     assert paired_difference({0: 0.5}, {1: 0.5}) is None
+
+
+@pytest.mark.parametrize(('given', 'iterations', 'expected'), [
+    (dict(interval=50), 3, 3), (dict(interval=50), 100, 50), ({}, 3, 3), ({}, 100, 10)])
+def test_the_shortest_budget_is_logged_once(given, iterations, expected):
+    config = Config(dict(log_processor={}, default_hooks=dict(logger=given, checkpoint={})))
+    equal_budget(config, iterations, seed=0, images=1000)
+    assert config.default_hooks.logger.interval == expected
 
 
 @pytest.mark.parametrize(('names', 'expected'), [
