@@ -41,6 +41,7 @@ def serve() -> None:
     import matplotlib.pyplot  # noqa: F401
     import mmcv.ops  # noqa: F401
     import mmdet.apis  # noqa: F401
+    import mmdet.models  # noqa: F401  (half of what importing the plugin takes)
     import pycocotools.coco  # noqa: F401
     for line in sys.stdin:
         request = json.loads(line)

@@ -70,3 +70,19 @@ def test_measured_plans_are_those_that_can_serve_each_layer():
     assert all(row[4] and not (row[3] or row[5] or row[6]) for row in depthwise)
     assert {row[7] for row in depthwise} == {'folded'}
     assert f'of {len(rows)} choices within a tenth of the fastest plan' in result.stdout
+
+
+def test_a_kernelwarehouse_of_any_size_and_no_other_layer_in_it(benchmark, monkeypatch, capsys):
+    command = ['benchmark.py', 'backbone', 'KWResNet', '--depth', '18', '--size', '32', '32']
+    parameters = []
+    for options in ((), ('--layer-options', 'budget=1/2')):
+        monkeypatch.setattr('sys.argv', [*command, *options])
+        args = benchmark.parse_args()
+        case, = benchmark.cases(args)
+        parameters.append(sum(p.numel() for p in case.models['ours'][0].parameters()))
+    assert case.label == 'ResNet18 KW budget=1/2, 2x32x32'
+    assert parameters[1] < 0.7 * parameters[0]
+    monkeypatch.setattr('sys.argv', [*command, '--kernel-num', '4'])
+    with pytest.raises(SystemExit):
+        benchmark.parse_args()
+    assert 'KWResNet has layers of its own' in capsys.readouterr().err

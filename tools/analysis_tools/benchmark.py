@@ -226,8 +226,8 @@ def backbone_case(args, batch, kernel_num):
     arguments['norm_eval'] = False
     static = getattr(static_backbones, name[len('OD'):])(**arguments)
     shares = name.startswith('KW')  # its layers share a warehouse, which no conv_cfg could say
-    dynamic = getattr(backbones, name)(
-        conv_cfg=None if shares else layer_config(args, kernel_num), **arguments)
+    dynamic = getattr(backbones, name)(**arguments, **(
+        args.layer_options if shares else {'conv_cfg': layer_config(args, kernel_num)}))
     if args.fuse:
         from mmdet_odconv import fuse
         for model in (static, dynamic):
@@ -235,10 +235,8 @@ def backbone_case(args, batch, kernel_num):
             fuse(model)
     x = torch.randn(batch, 3, *args.size, device=args.device)
     label = f'{name[2:]}{args.depth if is_resnet else ""}{" fused" if args.fuse else ""}'
-    label = (describe(f'{label} KW', batch, args.size) if shares else
-             describe(label, batch, args.size, args, kernel_num))
-    return Case(label, static.to(args.device),
-                dynamic.to(args.device), x, DTYPES[args.dtype])
+    return Case(describe(f'{label} KW' if shares else label, batch, args.size, args, kernel_num),
+                static.to(args.device), dynamic.to(args.device), x, DTYPES[args.dtype])
 
 
 def model_case(args, batch, kernel_num):
@@ -451,7 +449,7 @@ def parse_args():
     parser.add_argument('--layer', default='ODConv2d', help='the dynamic convolution', choices=[
         name for name in layers.__all__ if name.endswith('2d') and name != 'DynamicConv2d'])
     parser.add_argument('--layer-options', nargs='+', action=DictAction, default={},
-                        help='more of its arguments, such as fbm=False')
+                        help='more of its arguments, such as fbm=False, or budget=4x of KWResNet')
     parser.add_argument('--kernel-num', type=int, nargs='+',
                         help="4 of ODConv2d if not given, or another layer's own")
     parser.add_argument('--depth', type=int, default=50, help='of a ResNet')
@@ -469,6 +467,11 @@ def parse_args():
     parser.add_argument('--out', type=Path, default=Path('work_dirs/benchmark'),
                         help='directory of benchmark.json and benchmark.png')
     args = parser.parse_args()
+    if args.kind == 'backbone' and str(args.target).startswith('KW'):
+        if args.kernel_num or args.layer != 'ODConv2d':
+            parser.error(f'{args.target} has layers of its own and takes neither --layer nor '
+                         '--kernel-num: its size is --layer-options budget=4x')
+        args.kernel_num = [None]
     if args.kernel_num is None:
         args.kernel_num = [4 if args.layer == 'ODConv2d' else None]
     if not args.suite and args.kind is None:
