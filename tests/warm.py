@@ -5,6 +5,7 @@ done once. The plugin is not imported before the fork: a script finds the proces
 it to whoever has imported MMDetection.
 """
 import atexit
+import contextlib
 import functools
 import json
 import os
@@ -38,11 +39,12 @@ def start() -> subprocess.Popen:
 
 
 def serve() -> None:
-    import matplotlib.pyplot  # noqa: F401
-    import mmcv.ops  # noqa: F401
-    import mmdet.apis  # noqa: F401
-    import mmdet.models  # noqa: F401  (half of what importing the plugin takes)
-    import pycocotools.coco  # noqa: F401
+    with contextlib.redirect_stdout(sys.stderr):  # what a package prints is no exit status
+        import matplotlib.pyplot  # noqa: F401
+        import mmcv.ops  # noqa: F401
+        import mmdet.apis  # noqa: F401
+        import mmdet.models  # noqa: F401  (half of what importing the plugin takes)
+        import pycocotools.coco  # noqa: F401
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()

@@ -188,6 +188,8 @@ class SafeCheckpointHook(CheckpointHook):
                 f'The random states in the checkpoint do not fit ({error}): the run goes on, but '
                 'not as one that was not interrupted would.')
             return
+        if getattr(runner.train_loop, 'fast_forward_on_resume', False):  # onedl-mmengine's alone
+            return  # it reads no batch of the run that went before
         if isinstance(runner.train_loop, IterBasedTrainLoop):
             runner.train_loop.dataloader_iterator = RestoredAfter(
                 runner.train_loop.dataloader_iterator, runner.iter, states[get_rank()])

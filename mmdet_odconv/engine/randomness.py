@@ -76,3 +76,12 @@ class RestoredAfter:
             set_random_state(self.state)
         self.count -= 1
         return next(self.batches)
+
+    def skip_iter(self, num_iters: int) -> None:
+        """Read ``num_iters`` batches: onedl-mmengine's loop asks for them in one call.
+
+        Its own iterator would not read them, and data workers that have read nothing draw other
+        numbers than those of the run that went before.
+        """
+        for _ in range(num_iters):
+            next(self)

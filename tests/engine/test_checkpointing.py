@@ -1,4 +1,5 @@
 """Runs of a small model that are killed, resumed, interrupted and diverge."""
+import inspect
 import os
 import random
 import shutil
@@ -18,7 +19,7 @@ from mmengine.hooks import Hook
 from mmengine.logging import MessageHub
 from mmengine.model import BaseModel
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner
+from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -158,6 +159,20 @@ def test_iterations_continue_in_the_middle_of_an_epochs_order(runs, workers, mon
     assert final(broken)[0].name == 'iter_8.pth'
     make_runner(broken, by_epoch=False, workers=workers, resume=True).train()
     assert_bit_equal(final(whole)[1], final(broken)[1])
+
+
+@pytest.mark.skipif(
+    'fast_forward_on_resume' not in inspect.signature(IterBasedTrainLoop).parameters,
+    reason="an option of onedl-mmengine's")
+def test_iterations_that_are_not_read_again_restore_no_generator_later(tmp_path, monkeypatch):
+    monkeypatch.setattr('mmengine.runner.loops.time.sleep', lambda seconds: None)
+    killed(make_runner(tmp_path, by_epoch=False, hooks=[At('iter', 6, kill)]))
+    runner = make_runner(tmp_path, by_epoch=False, resume=True)
+    restored = []
+    monkeypatch.setattr('mmdet_odconv.engine.randomness.set_random_state', restored.append)
+    runner._train_loop['fast_forward_on_resume'] = True
+    runner.train()
+    assert final(tmp_path)[0].name == 'iter_14.pth' and not restored
 
 
 def test_best_checkpoints_are_saved_with_the_random_states_of_training(runs):
@@ -405,7 +420,7 @@ def test_the_lock_dies_with_its_owner(tmp_path):
     owner = subprocess.Popen([sys.executable, '-c', HOLDER, tmp_path], stdout=subprocess.PIPE,
                              start_new_session=True, text=True,
                              env={**os.environ, 'MMDET_ODCONV_LAYERS_ONLY': '1'})
-    pid = owner.stdout.readline().strip()
+    pid = next(line.strip() for line in owner.stdout if line.strip().isdigit())  # OneDL prints, too
     with pytest.raises(InputError, match=rf'in use by another run \(process {pid} on \S+\): wait'):
         lock_directory(tmp_path)
     os.kill(int(pid), signal.SIGKILL)

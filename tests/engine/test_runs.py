@@ -176,7 +176,7 @@ def test_divergence_is_told_to_the_shell(trained):
     result = digits.tool(root, 'train.py', digits.CONFIG, '--work-dir', 'diverged', '--cfg-options',
                          *digits.TINY, 'optim_wrapper.optimizer.lr=1e30', check=False)
     assert result.returncode == 1
-    assert re.search(r'\nerror: Training diverged at iteration \d, learning rate \S+: \S+ is '
+    assert re.search(r'(?m)^error: Training diverged at iteration \d, learning rate \S+: \S+ is '
                      r'(nan|inf); .*(was saved before|last good checkpoint): lower', result.stderr)
     assert 'Traceback' not in result.stderr
     for path in (root / 'diverged').glob('*.pth'):

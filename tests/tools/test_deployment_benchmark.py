@@ -48,8 +48,8 @@ def test_the_command(config):
 
 
 def test_what_is_not_installed_is_left_out(config, monkeypatch):
-    monkeypatch.setattr(timing.importlib.util, 'find_spec', lambda name: None)
     models = timing.counterparts(Config.fromfile(config), 'backbone')
+    monkeypatch.setattr(timing.importlib.util, 'find_spec', lambda name: None)
     rows = timing.time_formats(models, torch.randn(1, 3, 64, 64), ['eager', 'openvino'], rounds=1)
     assert [(row['format'], row['model']) for row in rows] == [('eager', 'static'),
                                                                ('eager', 'dynamic')]
