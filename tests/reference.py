@@ -233,12 +233,15 @@ def odconv_attentions(layer, x):
     """ODConv's attentions, from Fig. 2 of the paper, with the parameters of an ODConv2d."""
     attention, t = layer.attention, layer.temperature
     hidden = torch.relu(pooled_norm(attention, x))
-    out = dict(channel_attention=torch.sigmoid(linear(attention.channel_fc, hidden) / t))
+
+    def gates(fc):
+        return attention.gate_scale * torch.sigmoid(linear(fc, hidden) / t)
+
+    out = dict(channel_attention=gates(attention.channel_fc))
     if attention.filter_fc is not None:
-        out['filter_attention'] = torch.sigmoid(linear(attention.filter_fc, hidden) / t)
+        out['filter_attention'] = gates(attention.filter_fc)
     if attention.spatial_fc is not None:
-        spatial = torch.sigmoid(linear(attention.spatial_fc, hidden) / t)
-        out['spatial_attention'] = spatial.reshape(-1, *layer.kernel_size)
+        out['spatial_attention'] = gates(attention.spatial_fc).reshape(-1, *layer.kernel_size)
     if attention.kernel_fc is not None:
         out['kernel_attention'] = torch.softmax(linear(attention.kernel_fc, hidden) / t, 1)
     return out

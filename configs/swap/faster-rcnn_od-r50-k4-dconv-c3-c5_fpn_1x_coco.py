@@ -6,6 +6,7 @@ model = dict(
     backbone=dict(
         type='ODResNet',
         kernel_num=4,
+        conv_cfg=dict(gate_scale=2),  # the bank is then the static kernel
         init_cfg=dict(type='StaticPretrained', checkpoint='torchvision://resnet50')))
 
 optim_wrapper = dict(optimizer=dict(fused=True))

@@ -10,7 +10,7 @@ from mmengine.registry import WEIGHT_INITIALIZERS
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..layers import DynamicConv2d, replace_convs
+from ..layers import DynamicConv2d, ODConv2d, replace_convs
 from .files import read_weights
 from .published import few, strip_prefix
 
@@ -37,7 +37,8 @@ def to_dynamic(model: nn.Module,
     Args:
         model: the model; its convolutions keep their mode, dtype and device, and stay frozen where
             they were. Subclasses of :class:`torch.nn.Conv2d` are left alone.
-        conv_cfg: the layer, e.g. ``dict(type='ODConv2d', kernel_num=4)``.
+        conv_cfg: the layer, e.g. ``dict(type='ODConv2d', kernel_num=4, gate_scale=2)``, whose bank
+            learns at the static kernel's pace.
         include: regular expression or several; convolutions whose whole name, such as
             'backbone.layer1.0.conv2', matches one become dynamic,
         exclude: unless it matches one of these. By default stems (a convolution that reads an
@@ -133,6 +134,10 @@ def load_static(model: nn.Module, state: Mapping[str, Tensor], strict: bool = Fa
                         (result.unexpected_keys, 'left out, unknown here')):
         if names:
             message += f'; {what}: {few(names)}'
+    if any(isinstance(layer, ODConv2d) and layer.attention.gate_scale == 1
+           for layer in layers.values()):
+        message += ("; gates of 1/2 ask for banks of four or eight times these kernels, which a "
+                    'learning rate changes less: conv_cfg=dict(gate_scale=2) has them as they are')
     print_log(f'{message}.', logger='current')
     return result.unexpected_keys
 

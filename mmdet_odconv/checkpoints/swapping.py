@@ -91,12 +91,15 @@ def layer_config(layer: str, kernel_num: Optional[int] = None) -> dict:
             name for name, other in MODELS.module_dict.items()
             if isinstance(other, type) and issubclass(other, DynamicConv2d))])
         raise InputError(f'{layer} is no dynamic layer: give one of {", ".join(known)}.')
-    bank = inspect.signature(cls).parameters.get('kernel_num')
+    parameters = inspect.signature(cls).parameters
+    bank = parameters.get('kernel_num')
     if bank is None:
         if kernel_num is not None:
             raise InputError(f'{layer} has no kernel_num, got {kernel_num}: leave it out.')
         return dict(type=layer)
-    return dict(type=layer, kernel_num=bank.default if kernel_num is None else kernel_num)
+    # Gates that begin at 1 leave a static kernel, and what an optimizer does to it, as it is.
+    gates = dict(gate_scale=2) if 'gate_scale' in parameters else {}
+    return dict(type=layer, kernel_num=bank.default if kernel_num is None else kernel_num, **gates)
 
 
 def layer_name(conv_cfg: dict) -> str:
@@ -160,7 +163,8 @@ def _change_of(backbone: dict, conv_cfg: dict) -> Dict[str, object]:
         kept = _defaults_of(cls, MODELS.get(SWAPS[name]), backbone)
         if conv_cfg['type'] != 'ODConv2d':
             return dict(kept, type=SWAPS[name], conv_cfg=conv_cfg)
-        return {**kept, **conv_cfg, 'type': SWAPS[name]}
+        return dict(kept, type=SWAPS[name], kernel_num=conv_cfg['kernel_num'],
+                    conv_cfg=dict(gate_scale=conv_cfg['gate_scale']))
     if backbone.get('dcn') is not None:  # mmdet's blocks assert that one of them is None
         raise InputError(f'{name} has dcn, and takes no conv_cfg with it.')
     if parameter is not None:

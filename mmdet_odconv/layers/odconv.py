@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from ..errors import InputError
 from .attention import Attention, PooledLinear, hidden_channels, linear
 from .base import DynamicConv2d, PaddingMode
 
@@ -31,6 +32,10 @@ class ODConv2d(DynamicConv2d):
         temperature: divides the attention logits; > 0, and 1.0 at inference.
         norm_cfg: normalisation inside the attention: dict(type='BN'), 'SyncBN', 'GN' or 'LN',
             with that layer's own arguments.
+        gate_scale: what the spatial, channel and filter attentions are at most; > 0. At 1, as
+            published, heads at zero give gates of 1/2, so that a static kernel is converted to a
+            bank of four or eight times its size, on which an optimizer's steps change less. At 2
+            they give gates of 1, as in FDConv, and the bank is the static kernel.
         init: how the heads begin, 'zero' or 'he': see :class:`DynamicConv2d`.
 
     Raises:
@@ -54,29 +59,49 @@ class ODConv2d(DynamicConv2d):
                  reduction: float = 1 / 16,
                  temperature: float = 1.0,
                  norm_cfg: Optional[dict] = None,
+                 gate_scale: float = 1.0,
                  init: str = 'zero') -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
                          bias, padding_mode, device, dtype, kernel_num=kernel_num,
                          temperature=temperature, init=init)
+        if not 0 < gate_scale < math.inf:
+            raise ValueError(f'gate_scale must be greater than 0 and finite, got {gate_scale}')
         self._set_attention(ODAttention(in_channels, out_channels, self.kernel_size, groups,
-                                        kernel_num, reduction, norm_cfg), device, dtype)
+                                        kernel_num, reduction, norm_cfg, gate_scale),
+                            device, dtype)
+
+    def extra_repr(self) -> str:
+        scale = self.attention.gate_scale
+        return super().extra_repr() + ('' if scale == 1 else f', gate_scale={scale:g}')
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        ours = self.attention.gate_scale
+        theirs = state_dict.get(f'{prefix}attention.scale', torch.ones(()))
+        if f'{prefix}attention.fc.weight' in state_dict and not theirs.is_meta and theirs != ours:
+            raise InputError(f'{prefix[:-1] or type(self).__name__} has gate_scale={ours:g}, but '
+                             f'the checkpoint holds weights of gate_scale={theirs.item():g}: set '
+                             "it in the layer's conv_cfg, or give weights of the same network.")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class ODAttention(Attention):
     """The four attentions of ODConv, from one pooled read of the input (Fig. 2 of the paper).
 
-    Pool -> fc -> norm -> ReLU -> one fc per attention; sigmoid for the spatial, channel and
-    filter attentions, softmax over the bank for the kernel attention. An attention that could
-    only repeat another is absent: the kernel's with a bank of one, the spatial of a 1x1 kernel,
-    the filter's of a depthwise layer. The weights of all heads are read at once; hooks on a head
-    do not run.
+    Pool -> fc -> norm -> ReLU -> one fc per attention; sigmoid, times ``gate_scale``, for the
+    spatial, channel and filter attentions, softmax over the bank for the kernel attention. An
+    attention that could only repeat another is absent: the kernel's with a bank of one, the
+    spatial of a 1x1 kernel, the filter's of a depthwise layer. The weights of all heads are read
+    at once; hooks on a head do not run.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: Tuple[int, int],
                  groups: int, kernel_num: int, reduction: float,
-                 norm_cfg: Optional[dict]) -> None:
+                 norm_cfg: Optional[dict], gate_scale: float = 1.0) -> None:
         super().__init__()
         self.kernel_size = kernel_size
+        self.gate_scale = float(gate_scale)
+        if gate_scale != 1:  # in the state dict, because weights are of no use at another
+            self.register_buffer('scale', torch.tensor(self.gate_scale))
         hidden = hidden_channels(in_channels, reduction, MIN_HIDDEN_CHANNELS)
         depthwise = groups == in_channels == out_channels
         self.fc = PooledLinear(in_channels, hidden, bias=False)
@@ -88,16 +113,19 @@ class ODAttention(Attention):
         self.kernel_fc = PooledLinear(hidden, kernel_num) if kernel_num > 1 else None
 
     def reset_to_constant(self) -> float:
-        """Answer every input alike: kernels equally, gates at 1/2; return the product of gates."""
+        """Answer every input alike: kernels equally, gates halfway; return the product of gates."""
         gates = [fc for fc in (self.channel_fc, self.filter_fc, self.spatial_fc) if fc is not None]
         for fc in gates if self.kernel_fc is None else (*gates, self.kernel_fc):
             fc.reset_to_zero()
-        return 0.5**len(gates)
+        return (self.gate_scale / 2)**len(gates)
 
     def forward(self, average: Tensor, temperature: float) -> Dict[str, Tensor]:
         """Attentions of maps with this average, (B, Cin), as arguments of ``dynamic_conv2d``."""
         logits, widths = self.logits(average, temperature)
-        attentions = dict(zip(widths, logits.sigmoid().split(list(widths.values()), 1)))
+        gates = logits.sigmoid()
+        if self.gate_scale != 1:
+            gates = gates * self.gate_scale
+        attentions = dict(zip(widths, gates.split(list(widths.values()), 1)))
         if self.spatial_fc is not None:
             spatial = attentions['spatial_attention']
             attentions['spatial_attention'] = spatial.reshape(-1, *self.kernel_size)

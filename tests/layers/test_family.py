@@ -53,7 +53,8 @@ def layers(draw, cls):
     padding = draw(st.one_of(st.tuples(st.integers(0, 2), st.integers(0, 2)),
                              st.sampled_from(['same', 'valid'])))
     torch.manual_seed(draw(st.integers(0, 2**16)))
-    own = dict(kernel_num=draw(small), reduction=draw(st.floats(0.01, 1)))
+    own = dict(kernel_num=draw(small), reduction=draw(st.floats(0.01, 1)),
+               gate_scale=draw(st.sampled_from([1.0, 2.0])))
     layer = cls(
         cin, cout, kernel, (1, 1) if padding == 'same' else draw(st.tuples(small, small)), padding,
         draw(st.tuples(st.integers(1, 2), st.integers(1, 2))), groups, draw(st.booleans()),
@@ -91,7 +92,7 @@ def test_registered_in_the_root_registry_and_built_by_mmcv(cls):
 
 
 @pytest.mark.parametrize(('cls', 'default'), [
-    (ODConv2d, dict(kernel_num=4, reduction=1 / 16, init='zero')),
+    (ODConv2d, dict(kernel_num=4, reduction=1 / 16, gate_scale=1.0, init='zero')),
     (CondConv2d, dict(kernel_num=8, init='zero')),
     (DyConv2d, dict(kernel_num=4, reduction=1 / 4, init='zero')),
     (DCDConv2d, dict(reduction=1 / 16, init='zero')),

@@ -7,7 +7,7 @@ import torch
 from reference import randomised
 from torch import nn
 
-from mmdet_odconv import ODConv2d
+from mmdet_odconv import InputError, ODConv2d
 from mmdet_odconv.layers import odconv
 
 
@@ -109,3 +109,35 @@ def test_sync_bn_falls_back_like_bn_when_alone():
         warnings.simplefilter('ignore')
         layer = ODConv2d(8, 12, 3, norm_cfg=dict(type='SyncBN')).train()
         assert layer(torch.randn(1, 8, 5, 5)).shape == (1, 12, 3, 3)
+
+
+@pytest.mark.parametrize(('groups', 'kernel_size'), [(1, 1), (1, 3), (8, 3)])
+@pytest.mark.parametrize('kernel_num', [1, 4])
+def test_scaled_gates_learn_from_a_static_kernel_at_its_own_pace(kernel_num, groups, kernel_size):
+    static = nn.Conv2d(8, 8, kernel_size, groups=groups, bias=False).double()
+    x = torch.randn(2, 8, 5, 5).double()
+    static(x).square().sum().backward()
+    layer = ODConv2d(8, 8, kernel_size, groups=groups, bias=False, kernel_num=kernel_num,
+                     gate_scale=2).double()
+    layer.inflate(static.weight.data)
+    torch.testing.assert_close(layer.weight.data.mean(0), static.weight.data)
+    output = layer(x)
+    torch.testing.assert_close(output, static(x), rtol=1e-10, atol=1e-10)
+    output.square().sum().backward()
+    torch.testing.assert_close(layer.weight.grad.sum(0), static.weight.grad)
+
+
+def test_gates_as_published_are_where_none_are_asked_for():
+    torch.manual_seed(0)
+    published = ODConv2d(8, 12, 3, bias=False)
+    scaled = ODConv2d(8, 12, 3, bias=False, gate_scale=2)
+    assert 'gate_scale=2' in repr(scaled) and 'gate_scale' not in repr(published)
+    randomised(published)
+    for layer, other, found in ((scaled, published, 1), (published, scaled, 2)):
+        with pytest.raises(InputError, match=f'holds weights of gate_scale={found}: set it in'):
+            layer.load_state_dict(other.state_dict())
+    scaled.load_state_dict({**scaled.state_dict(), **published.state_dict()})
+    x = torch.randn(2, 8, 5, 5)
+    torch.testing.assert_close(scaled.eval()(x), 8 * published.eval()(x))
+    with pytest.raises(ValueError, match='gate_scale must be greater than 0 and finite, got 0'):
+        ODConv2d(8, 12, 3, gate_scale=0)
