@@ -222,11 +222,13 @@ def build_model(config: Config) -> nn.Module:
 def dynamic_config(config: Config, base: str, changes: dict, load_from: Optional[Path]) -> str:
     """Text of a config that says only how it differs from its static ``base``."""
     imports = config.get('custom_imports') or dict(imports=[], allow_failed_imports=False)
-    imports = dict(imports, imports=[*imports['imports'], 'mmdet_odconv'])
     hooks = [hook.to_dict() for hook in config.get('custom_hooks') or []]
-    given: Dict[str, Any] = dict(
-        custom_imports=imports, custom_hooks=[*hooks, dict(type='InputCheckHook')],
-        model=_replacing(changes, config.model))
+    given: Dict[str, Any] = {}
+    if 'mmdet_odconv' not in imports['imports']:
+        given['custom_imports'] = dict(imports, imports=[*imports['imports'], 'mmdet_odconv'])
+    if not any(hook['type'] == 'InputCheckHook' for hook in hooks):
+        given['custom_hooks'] = [*hooks, dict(type='InputCheckHook')]
+    given['model'] = _replacing(changes, config.model)
     if load_from is not None:
         given['load_from'] = str(load_from)
         if config.get('resume'):

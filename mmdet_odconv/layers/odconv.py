@@ -77,7 +77,8 @@ class ODConv2d(DynamicConv2d):
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         ours = self.attention.gate_scale
         theirs = state_dict.get(f'{prefix}attention.scale', torch.ones(()))
-        if f'{prefix}attention.fc.weight' in state_dict and not theirs.is_meta and theirs != ours:
+        is_given = f'{prefix}attention.fc.weight' in state_dict and not theirs.is_meta
+        if is_given and theirs.numel() == 1 and theirs != ours:
             raise InputError(f'{prefix[:-1] or type(self).__name__} has gate_scale={ours:g}, but '
                              f'the checkpoint holds weights of gate_scale={theirs.item():g}: set '
                              "it in the layer's conv_cfg, or give weights of the same network.")

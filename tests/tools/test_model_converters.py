@@ -174,6 +174,14 @@ def test_swap_without_a_checkpoint_converts_pretrained_weights(root, convert, tm
     assert torch.equal(bank.mean(0), theirs['backbone.layer1.0.conv1.weight'].double())
 
 
+def test_swap_repeats_nothing_that_the_config_has(convert, tmp_path):
+    convert('swap_backbone', CONFIGS / 'quickstart/faster-rcnn_r18_fpn_digits.py',
+            '--out', tmp_path / 'dynamic.py')
+    config = Config.fromfile(tmp_path / 'dynamic.py')
+    assert config.custom_imports.imports == ['mmdet_odconv']
+    assert [hook.type for hook in config.custom_hooks] == ['InputCheckHook']
+
+
 def test_swap_a_config_of_mmdet(convert, tmp_path):
     out = tmp_path / 'yolox.py'
     convert('swap_backbone', 'mmdet::yolox_tiny_8xb8-300e_coco', '--out', out,
