@@ -57,6 +57,7 @@ from mmdet_odconv.engine.launch import errors_explained, find_config  # noqa: E4
 
 TOOLS = Path(__file__).parents[1]
 FAMILIES = ('od', 'dy', 'cond', 'dcd', 'fd', 'kw', 'se')
+LOADED = 'loaded'  # how names end of what did not start from scratch
 READING = threading.Lock()
 
 
@@ -225,7 +226,10 @@ def short_name(row):
     """The backbone alone where the detector, neck and data are the same for all."""
     stem, *options = row['config'].split(',')
     parts = stem.split('_')
-    return ', '.join([parts[1] if len(parts) > 1 else stem, *options])
+    # A file's name says nothing in a table: that weights were loaded does.
+    loaded = [LOADED] if any(option.startswith('load_from=') for option in options) else []
+    return ', '.join([parts[1] if len(parts) > 1 else stem, *(
+        option for option in options if not option.startswith('load_from=')), *loaded])
 
 
 def signed(difference):
@@ -272,12 +276,14 @@ def draw(rows, path):
         host = re.sub(r'-k\d+$', '', rest if family in FAMILIES else name)
         panels.setdefault(host, []).append(row)
     tallest = max(map(len, panels.values()))
-    figure, axes = plt.subplots(1, len(panels), figsize=(7 * len(panels), 1.2 + 0.38 * tallest),
-                                squeeze=False, layout='constrained')
+    widest = max(len(short_name(row)) for row in rows)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=((5 + 0.09 * widest) * len(panels), 1.2 + 0.38 * tallest),
+        squeeze=False, layout='constrained')
     for axis, (host, found) in zip(axes.flat, panels.items()):
         found.sort(key=lambda row: row['map'])
         for place, row in enumerate(found):
-            is_static = short_name(row) == host
+            is_static = short_name(row).removesuffix(f', {LOADED}') == host
             colour = '0.3' if is_static else '#0072b2'
             axis.errorbar(row['map'], place, xerr=row['spread'], fmt='D' if is_static else 'o',
                           color=colour, capsize=3)
@@ -297,7 +303,7 @@ def draw(rows, path):
 
 def draw_curves(records, path):
     """Box mAP on val, and training loss, over iterations; bands are ± a standard deviation."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout='constrained')
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout='constrained')
     names = dict.fromkeys(record['config'] for record in records)
     styles = [dict(color=colour, ls=style) for style in ('-', '--', ':') for colour in (
         '#0072b2', '#e69f00', '#009e73', '#d55e00', '#cc79a7', '#56b4e9', '0')]  # Okabe and Ito's
@@ -319,7 +325,9 @@ def draw_curves(records, path):
                               alpha=0.15, lw=0)
     axes[0].set(xlabel='iteration', ylabel='box mAP on val', ylim=(0, None))
     axes[1].set(xlabel='iteration', ylabel='training loss')
-    figure.legend(loc='outside upper center', ncols=4, frameon=False)
+    widest = max(len(short_name({'config': name})) for name in names)
+    figure.legend(loc='outside upper center', ncols=max(1, min(4, 110 // (widest + 8))),
+                  frameon=False)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
