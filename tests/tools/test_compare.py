@@ -69,6 +69,7 @@ def test_runs_are_compared_once_and_a_failed_one_stops_none(root):
     assert result.returncode == 1 and 'tiny_broken, seed 1, failed:' in result.stdout
     found = json.loads((root / 'out/compare.json').read_text())
     assert len(found['failed']) == 1 and len(found['rows']) == 3
+    assert '| r18, loaded |' in (root / 'out/compare.md').read_text()  # not from which file
     log = next((root / 'out').glob('*load_from*')) / 'log.txt'
     assert f'Load checkpoint from {start.format(seed=1)}' in log.read_text()
     log = (interrupted / 'log.txt').read_text()
