@@ -161,10 +161,7 @@ def _change_of(backbone: dict, conv_cfg: dict) -> Dict[str, object]:
         return dict(_defaults_of(cls, MODELS.get(dynamic), backbone), type=dynamic)
     if name in SWAPS:
         kept = _defaults_of(cls, MODELS.get(SWAPS[name]), backbone)
-        if conv_cfg['type'] != 'ODConv2d':
-            return dict(kept, type=SWAPS[name], conv_cfg=conv_cfg)
-        return dict(kept, type=SWAPS[name], kernel_num=conv_cfg['kernel_num'],
-                    conv_cfg=dict(gate_scale=conv_cfg['gate_scale']))
+        return dict(kept, type=SWAPS[name], conv_cfg=conv_cfg)
     if backbone.get('dcn') is not None:  # mmdet's blocks assert that one of them is None
         raise InputError(f'{name} has dcn, and takes no conv_cfg with it.')
     if parameter is not None:

@@ -25,7 +25,7 @@ from mmdet_odconv import (
     to_dynamic,
 )
 from mmdet_odconv.checkpoints import load_static
-from mmdet_odconv.layers import DynamicConv2d
+from mmdet_odconv.layers import DynamicConv2d, replace_convs
 
 ROOT = Path(__file__).parents[2]
 LAYERS = [
@@ -321,3 +321,17 @@ def test_a_detector_finds_the_same_boxes(conv_cfg):
         dynamic = to_dynamic(copy.deepcopy(static).double(), conv_cfg)
     features = [m.double().extract_feat(images) for m in (dynamic, static)]
     torch.testing.assert_close(*features, **EXACT)
+
+
+@pytest.mark.parametrize(('conv_cfg', 'said'), [
+    (dict(type='ODConv2d'), True), (dict(type='ODConv2d', gate_scale=2), False),
+    (dict(type='FDConv2d'), False)])
+def test_banks_that_would_learn_slowly_are_told_of(monkeypatch, conv_cfg, said):
+    static = nn.Sequential(nn.Conv2d(4, 8, 3))
+    model = nn.Sequential(nn.Conv2d(4, 8, 3))
+    replace_convs(model, '0', conv_cfg)
+    messages = []
+    monkeypatch.setattr('mmdet_odconv.checkpoints.inflation.print_log',
+                        lambda message, **_: messages.append(message))
+    load_static(model, static.state_dict())
+    assert ('conv_cfg=dict(gate_scale=2)' in messages[0]) == said
