@@ -25,7 +25,7 @@ POSE_CONFIG := configs/quickstart/td-hm_$(POSE)_digits.py
 POSE_WORK := work_dirs/keypoints-$(POSE)
 WORK := work_dirs/quickstart$(if $(filter-out faster,$(MODEL)),-$(MODEL))
 
-.PHONY: help env keypoints-env quickstart keypoints pretrain test test-fast soak lint docs clean
+.PHONY: help env keypoints-env quickstart keypoints pretrain test test-fast test-slow soak lint docs clean
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
 
@@ -93,7 +93,7 @@ pretrain: env  ## a classifier, then a detector from its checkpoint
 	  --work-dir work_dirs/pretrain --resume
 	$(BIN)/mim train mmdet_odconv $(PRETRAINED) --work-dir work_dirs/quickstart-pretrained --resume
 
-test: env  ## the whole suite [STACK=onedl]
+test: env  ## the suite, 10 to 15 minutes on 2 cores [STACK=onedl]
 	$(BIN)/python -m pytest -n 2 tests
 
 FAST := tests/ops/test_dynamic_conv.py tests/ops/test_convolution.py tests/ops/test_cells.py \
@@ -102,6 +102,9 @@ FAST := tests/ops/test_dynamic_conv.py tests/ops/test_convolution.py tests/ops/t
 
 test-fast: env  ## ops, a layer, the command line and the documents, under two minutes
 	$(BIN)/python -m pytest -q -n 2 $(FAST)
+
+test-slow: env  ## what takes minutes a test: the tutorial, comparisons, pretraining
+	$(BIN)/python -m pytest -n 2 -m slow tests
 
 soak: env  ## training runs killed and resumed, their bits compared [MINUTES=10]
 	$(BIN)/python tests/soak.py --minutes $(MINUTES)

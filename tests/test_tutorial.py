@@ -3,6 +3,7 @@ import re
 from pathlib import Path
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 
 NOTEBOOK = Path(__file__).parents[1] / 'docs/tutorial.ipynb'
@@ -33,6 +34,7 @@ def check(notebook):
     return float(found)
 
 
+@pytest.mark.slow
 def test_it_runs_and_prints_what_it_says(tmp_path):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     assert check(notebook) > 0.03  # as committed, after all its iterations

@@ -39,6 +39,12 @@ def build(name):
     if 'norm_eval' in config.backbone:
         # Without ImageNet weights a deep stack explodes where norms do not measure it.
         config.backbone.norm_eval = False
+    if 'rpn_head' in config and 'roi_head' in config:
+        # Heads are mmdet's: fewer proposals than COCO's thousand are enough to train them.
+        config.train_cfg.rpn_proposal.max_per_img = config.test_cfg.rpn.max_per_img = 32
+        stages = config.train_cfg.rcnn
+        for stage in stages if isinstance(stages, list) else [stages]:
+            stage.sampler.num = 32
     return MODELS.build(config)
 
 

@@ -141,6 +141,7 @@ def test_dropout_is_before_the_classifier_and_in_training_alone():
     torch.testing.assert_close(head((features,)), head.fc(features))
 
 
+@pytest.mark.slow
 def test_from_digits_to_the_backbone_of_a_detector(tmp_path):
     tool(tmp_path, 'dataset_converters/digits.py', 'data/digits-classification',
          '--classification', '--train', '20', '--val', '8', '--size', '64')

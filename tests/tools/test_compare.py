@@ -29,6 +29,7 @@ def compare(root: Path, *args):
                         '--iterations', '2', check=False)
 
 
+@pytest.mark.slow
 def test_runs_are_compared_once_and_a_failed_one_stops_none(root):
     # A finished run is not run again: its result is believed.
     for name, score in (('r18', 0.75), ('od-r18-k1', 0.5)):
