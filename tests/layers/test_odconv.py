@@ -141,3 +141,10 @@ def test_gates_as_published_are_where_none_are_asked_for():
     torch.testing.assert_close(scaled.eval()(x), 8 * published.eval()(x))
     with pytest.raises(ValueError, match='gate_scale must be greater than 0 and finite, got 0'):
         ODConv2d(8, 12, 3, gate_scale=0)
+
+
+def test_a_damaged_gate_scale_is_refused_by_its_shape():
+    layer = ODConv2d(4, 8, 3, gate_scale=2)
+    damaged = dict(layer.state_dict(), **{'attention.scale': torch.ones(2)})
+    with pytest.raises(RuntimeError, match='size mismatch for attention.scale'):
+        layer.load_state_dict(damaged)
