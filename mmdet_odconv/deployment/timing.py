@@ -121,10 +121,7 @@ def _prepared(kind: str, model: nn.Module, image: Tensor, path: Path) -> Tuple[C
     """What runs the model in a format, and the bytes of its weights or file."""
     if kind in ('eager', 'compile'):
         size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-        if kind == 'eager':
-            return model, size
-        # A detector's images differ in their number of proposals; a backbone's do in nothing.
-        return torch.compile(model, dynamic=None if hasattr(model, 'output_names') else False), size
+        return (model if kind == 'eager' else torch.compile(model)), size
     if not path.exists():
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
