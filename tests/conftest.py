@@ -6,10 +6,12 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import pytest
 import torch
+import warm
 
 if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')  # read when Triton is first imported
 
+warm.spare_repetition()
 torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
 
 ROOT = Path(__file__).parents[1]

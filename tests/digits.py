@@ -3,8 +3,7 @@ import subprocess
 from pathlib import Path
 
 import warm
-
-ROOT = Path(__file__).parents[1]
+from warm import ROOT
 
 # Three iterations of four images, evaluated on four more.
 TINY = [

@@ -1,4 +1,6 @@
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import digits
@@ -78,7 +80,24 @@ def test_runs_are_compared_once_and_a_failed_one_stops_none(root):
     assert log.count('Iter(train)') == 1  # and not longer than its budget
 
 
-def test_any_coco_directory_a_test_split_options_and_equal_time(root):
+@pytest.fixture
+def forked(root, monkeypatch):
+    """The tool as a module, whose trainings are forked: to import takes longer than they do."""
+    monkeypatch.syspath_prepend(ROOT / 'tools/analysis_tools')
+    module = importlib.import_module('compare')
+
+    def tool(name, *args, log, threads):
+        result = digits.tool(root, name, *args, check=False)
+        with log.open('a') as file:
+            file.write(result.stdout + result.stderr)
+        result.check_returncode()
+
+    monkeypatch.setattr(module, 'tool', tool)
+    monkeypatch.chdir(root)
+    return module
+
+
+def test_any_coco_directory_a_test_split_options_and_equal_time(root, forked, monkeypatch):
     data = root / 'coco'
     digits.tool(root, 'dataset_converters/digits.py', data, '--train', '4', '--val', '2', '--test',
                 '3', '--size', '96')
@@ -93,9 +112,12 @@ def test_any_coco_directory_a_test_split_options_and_equal_time(root):
     static = root / 'out/tiny_r18_coco_batch4_seed0_2iterations'
     static.mkdir(parents=True)
     (static / 'result.json').write_text(json.dumps({'map': 0.75, 'seconds': 1e-9}))
-    result = compare(root, 'tiny_r18.py', 'tiny_od-r18-k1.py,model.backbone.init=he', '--data',
-                     'coco', '--batch-size', '4', '--equal-time')
-    assert result.returncode == 0, result.stdout
+    monkeypatch.setattr(sys, 'argv', [
+        'compare.py', 'tiny_r18.py', 'tiny_od-r18-k1.py,model.backbone.init=he', '--data', 'coco',
+        '--batch-size', '4', '--equal-time', '--work-dir', 'out', '--iterations', '2'])
+    with pytest.raises(SystemExit) as ended:
+        forked.main()
+    assert ended.value.code == 0
     name = 'tiny_od-r18-k1,init=he_coco_batch4_seed0_2iterations'
     record = json.loads((root / f'out/records/{name}.json').read_text())
     assert record['images'] == dict(train=4, val=2, test=3) and record['split'] == 'test'
