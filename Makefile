@@ -34,6 +34,12 @@ env: $(VENV)/ready  ## the environment alone, 2.7 GB [TORCH=torch==2.13.0] [STAC
 $(VENV)/ready: setup.py pyproject.toml $(wildcard requirements/*.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "error: $(PYTHON) is older than Python 3.10: give another, make PYTHON=..."; exit 1; }
+ifneq ($(STACK),onedl)
+	@$(PYTHON) -c 'import sys; from importlib.util import find_spec; \
+	  sys.exit(sys.version_info >= (3, 13) and not find_spec("mmcv"))' || \
+	  { echo 'error: $(MMCV) does not build on Python 3.13: give an earlier one, make PYTHON=...,'; \
+	  echo '       or take the maintained continuation, make STACK=onedl.'; exit 1; }
+endif
 	@$(PYTHON) -c 'import torch' 2>/dev/null && share=--system-site-packages; \
 	  $(PYTHON) -m venv $$share $(VENV)
 	$(PIP) 'setuptools<81' wheel ninja
