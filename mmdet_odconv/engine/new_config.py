@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
+from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 
@@ -117,8 +118,13 @@ def _start(config: Config, weights: Optional[str]) -> Tuple[Dict[str, Any], List
         return dict(backbone=dict(init_cfg=None, **frozen)), []
     if '://' in weights and not weights.startswith(('http://', 'https://')):
         kind = 'Pretrained' if backbone.get('type') in SWAPS else 'StaticPretrained'
-        return dict(backbone=dict(init_cfg=dict(
-            _delete_=True, type=kind, checkpoint=weights))), []
+        start = dict(init_cfg=dict(_delete_=True, type=kind, checkpoint=weights))
+        # Gates that begin at 1 leave a static kernel, and what an optimizer does to it, as it is.
+        conv_cfg = {**getattr(MODELS.get(backbone.get('type', '')), 'dynamic_conv_cfg', {}),
+                    **(backbone.get('conv_cfg') or {})}
+        if conv_cfg.get('type') == 'ODConv2d' and 'gate_scale' not in conv_cfg:
+            start['conv_cfg'] = dict(gate_scale=2)
+        return dict(backbone=start), []
     if '://' in weights or any(key.startswith('backbone.') for key in read_weights(weights)[0]):
         return dict(backbone=dict(init_cfg=None), load_from=weights), []
     return dict(backbone=dict(init_cfg=dict(

@@ -96,6 +96,10 @@ def test_every_head_gets_the_classes(data, tmp_path, base, heads):
     init_cfg = config.model.backbone.init_cfg
     assert init_cfg.checkpoint == 'torchvision://resnet50'
     assert init_cfg.type == ('Pretrained' if 'cascade' in base else 'StaticPretrained')
+    # A bank of ODConv that static weights become starts with gates of 1, as swap_backbone has it.
+    conv_cfg = config.model.backbone.get('conv_cfg') or {}
+    assert conv_cfg.get('gate_scale') == (None if 'cascade' in base else 2)
+    assert ('type' in conv_cfg) == ('yolox' in base)
     assert any(hook['type'] == 'InputCheckHook' for hook in config.custom_hooks)
 
 
