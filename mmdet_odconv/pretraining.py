@@ -1,6 +1,6 @@
 """What classifiers of MMPretrain need beside the backbones; their configs import it by name.
 
-The plugin itself does not: MMPretrain is optional, ``pip install 'mmdet_odconv[imagenet]'``.
+The plugin itself does not: MMPretrain is optional, ``pip install '.[imagenet]'`` in a checkout.
 """
 from typing import Sequence
 

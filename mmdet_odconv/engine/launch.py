@@ -28,7 +28,7 @@ from .resuming import interruption
 NOT_COCO = (AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 OPTIONAL = {  # packages of OpenMMLab that some configs inherit from, and how to install them
-    'mmpretrain': "pip install 'mmdet_odconv[imagenet]'",
+    'mmpretrain': "pip install '.[imagenet]' in a checkout",
     'mmpose': 'make keypoints-env in a checkout, or as docs/guides/keypoints.md says',
 }
 
