@@ -15,7 +15,7 @@ READS = {
     'image-demo': ('file', 'config'),
     'get-model-stats': ('config',),
     'swap-backbone': ('mmdet config',),
-    'static-to-dynamic': ('mmdet config', 'file'),
+    'static-to-dynamic': ('config', 'file'),
     'published-to-mmdet': ('file',),
     'publish-model': ('file',),
 }

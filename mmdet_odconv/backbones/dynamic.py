@@ -53,12 +53,14 @@ class DynamicBackbone(BaseModule):
         given = dict(kernel_num=kernel_num, reduction=reduction, init=init)
         given = {name: value for name, value in given.items() if value is not None}
         pattern = self.dynamic_convs if dynamic_convs is None else dynamic_convs
-        try:
-            replaced = self.make_dynamic(pattern,
-                                         {**self.dynamic_conv_cfg, **given, **(conv_cfg or {})})
-        except re.error as error:
-            raise InputError(f'dynamic_convs={pattern!r} is no regular expression '
-                             f'({error}).') from error
+        for argument, value in (('dynamic_convs', pattern), ('frozen_except', frozen_except)):
+            try:
+                re.compile(value or '')
+            except re.error as error:
+                raise InputError(f'{argument}={value!r} is no regular expression '
+                                 f'({error}).') from error
+        replaced = self.make_dynamic(pattern,
+                                     {**self.dynamic_conv_cfg, **given, **(conv_cfg or {})})
         if not replaced:
             raise InputError(f'dynamic_convs={pattern!r} matches the name of no convolution of '
                              f'{type(self).__name__}: give a regular expression for whole names, '

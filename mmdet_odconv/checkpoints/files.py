@@ -99,6 +99,9 @@ def _beside(path: Path) -> Iterator[Path]:
         os.chmod(temporary, 0o666 & ~umask)  # as open() would; mkstemp's is the owner's alone
         yield Path(temporary)
     except OSError as error:
+        about = Path(error.filename or temporary or '').name
+        if temporary is not None and about != Path(temporary).name:
+            raise  # of another file, which the block reads
         raise _unwritable(path, error.strerror or error) from error
     except RuntimeError as error:  # so torch.save answers a full disk
         if 'PytorchStreamWriter' not in str(error):

@@ -190,7 +190,9 @@ def make_static(config: dict) -> None:
         return kind.__mro__ if isinstance(kind, type) else ()
 
     if DynamicBackbone in bases(config):
-        config['type'] = bases(config)[bases(config).index(DynamicBackbone) + 1]
+        dynamic, *_ = bases(config)
+        config['type'] = static = bases(config)[bases(config).index(DynamicBackbone) + 1]
+        _name_size(config, dynamic, static)
         for argument in ('budget', 'kernel_num', 'reduction', 'init', 'dynamic_convs',
                          'frozen_except'):
             config.pop(argument, None)
@@ -203,6 +205,20 @@ def make_static(config: dict) -> None:
         for part in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(part, dict):
                 make_static(part)
+
+
+def _name_size(backbone: dict, dynamic: type, static: type) -> None:
+    """Ask the static class for what the dynamic one has under the same or another name."""
+    parameters = inspect.signature(static).parameters
+    for argument in {'arch', 'depth'} & parameters.keys():
+        size = backbone.get(argument, parameters[argument].default)
+        wanted = dynamic.arch_settings.get(size)  # type: ignore[attr-defined]
+        found = [name for name, settings in static.arch_settings.items()  # type: ignore[attr-defined]
+                 if settings == wanted]
+        if not found:
+            raise InputError(f'{static.__name__} has nothing like {dynamic.__name__} of '
+                             f'{argument}={size!r}: give another {argument}.')
+        backbone[argument] = found[0]
 
 
 def build_model(config: Config) -> nn.Module:

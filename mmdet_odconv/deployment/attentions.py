@@ -65,8 +65,9 @@ def record_attentions(model: BaseDetector, config: Config, limit: int
 
     def keep(name):
         def hook(_, __, attentions):
-            if attentions.get('kernel_attention') is not None:
-                kept.setdefault(name, []).append(attentions['kernel_attention'].cpu())
+            attention = attentions.get('kernel_attention')
+            if attention is not None and attention.shape[1] > 1:
+                kept.setdefault(name, []).append(attention.cpu())
         return hook
 
     hooks = [module.attention.register_forward_hook(keep(name))
@@ -78,7 +79,9 @@ def record_attentions(model: BaseDetector, config: Config, limit: int
     try:
         for data in loader:
             for sample in model.test_step(data):
-                given = loader.dataset.get_data_info(len(images))['instances']
+                given = [instance for instance in
+                         loader.dataset.get_data_info(len(images))['instances']
+                         if not instance['ignore_flag']]  # crowds: neither right nor missed
                 found = sample.pred_instances.cpu()
                 images.append(Image(
                     sample.img_path, torch.tensor([i['bbox'] for i in given]).reshape(-1, 4),
@@ -89,11 +92,11 @@ def record_attentions(model: BaseDetector, config: Config, limit: int
     finally:
         for hook in hooks:
             hook.remove()
-    if not kept:
-        raise InputError('No layer of this detector mixes kernels by attention: give a config '
-                         'with dynamic layers of more than one kernel.')
     attentions = {name: torch.cat(values)[:limit] for name, values in kept.items()
                   if sum(map(len, values)) == len(images)}  # not of layers that run several times
+    if not attentions:
+        raise InputError('No layer of this detector mixes kernels by attention: give a config '
+                         'with dynamic layers of more than one kernel, which run once an image.')
     return images[:limit], {name: value / value.sum(1, keepdim=True).clamp(min=1e-12)
                             for name, value in attentions.items()}
 

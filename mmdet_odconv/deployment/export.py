@@ -237,11 +237,12 @@ def compare(detector: TensorDetector, runtime: Runtime,
 def preprocessing(config: Config, model: BaseDetector, normalize: bool,
                   classes: Sequence[str]) -> dict:
     """What is to be done to an image before the file, and what comes out, for a JSON file."""
-    steps = [step for step in config.get('test_pipeline') or [] if step['type'] in (
-        'Resize', 'FixScaleResize', 'Pad')]
+    steps = [step.to_dict() for step in config.test_dataloader.dataset.pipeline
+             if step['type'] in ('Resize', 'FixScaleResize', 'Pad')]
     preprocessor = model.data_preprocessor
     done = dict(
-        resize=[step.to_dict() if hasattr(step, 'to_dict') else dict(step) for step in steps],
+        resize=[{key: value for key, value in step.items() if key != '_scope_'}
+                for step in steps],
         channels='BGR' if normalize or not preprocessor._channel_conversion else 'RGB',
         layout='(1, 3, height, width), float32', values='0 to 255')
     if preprocessor._enable_normalize and not normalize:

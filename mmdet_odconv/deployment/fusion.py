@@ -101,7 +101,7 @@ def _pairs(module: nn.Module) -> Iterator[Tuple[Any, str, Any]]:
     for name, child in module.named_children():
         if (isinstance(child, _BatchNorm) and child.track_running_stats
                 and child.running_mean is not None and _takes_norm(before)
-                and len(before.weight if before.weight.dim() == 4 else before.weight[0])
+                and len(before.weight[0] if before.weight.dim() == 5 else before.weight)
                 == child.num_features):
             yield before, name, child
         before = child
@@ -125,7 +125,7 @@ def _fold(conv: Any, norm: Any) -> nn.Module:
     shift = -norm.running_mean * scale
     if norm.bias is not None:
         shift = shift + norm.bias
-    for name, axes in getattr(conv, 'filters', {'weight': 3}).items():
+    for name, axes in getattr(conv, 'filters', {'weight': conv.weight.dim() - 1}).items():
         filters = getattr(conv, name)
         _replace(conv, name, filters * scale[(..., ) + (None, ) * axes])
     mixes = getattr(conv, 'mixes_bias', False)

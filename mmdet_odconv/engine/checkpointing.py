@@ -78,7 +78,8 @@ class SafeCheckpointHook(CheckpointHook):
             return
         if is_main_process():
             lock_directory(runner.work_dir)
-        if runner._resume and runner._load_from is None and not runner._has_loaded:
+        if (self._is_local(runner) and runner._resume and runner._load_from is None
+                and not runner._has_loaded):  # elsewhere MMEngine finds the last
             path, passed = newest_whole(Path(runner.work_dir), self._directory(runner),
                                         self.filename_tmpl)
             if passed:
@@ -97,7 +98,7 @@ class SafeCheckpointHook(CheckpointHook):
                               and step(Path(name), self.filename_tmpl) is not None]
 
     def before_train(self, runner: Runner) -> None:
-        is_local = '://' not in str(self.out_dir or runner.work_dir)
+        is_local = self._is_local(runner)
         if is_local and self.backend_args is None and self.file_client_args is None:
             self.backend_args = dict(backend='whole')
         super().before_train(runner)
@@ -108,6 +109,9 @@ class SafeCheckpointHook(CheckpointHook):
             seed_workers_by_epoch(runner.train_dataloader, get_rank())
         if runner.iter:
             self._restore(runner)
+
+    def _is_local(self, runner: Runner) -> bool:
+        return '://' not in str(self.out_dir or runner.work_dir)
 
     def before_train_epoch(self, runner: Runner) -> None:
         if not isinstance(runner.train_loop, IterBasedTrainLoop):

@@ -166,7 +166,8 @@ def convert_voc(root: Path) -> List[Path]:
     outs = [root / f'annotations/voc_{path.stem}.json' for path in lists]
     if all(out.is_file() for out in outs):
         return []
-    parsed = [_read_voc(root, [line.split()[0] for line in path.read_text().splitlines() if line])
+    parsed = [_read_voc(root, [line.split()[0] for line in path.read_text().splitlines()
+                          if line.strip()])
               for path in lists]
     # One numbering of classes for all splits.
     names = sorted({name for images in parsed for *_, objects in images for name, *_ in objects})
@@ -212,5 +213,6 @@ def _as_coco(images: list, names: List[str]) -> dict:
     return dict(
         images=[dict(id=i, file_name=name, width=width, height=height)
                 for i, (name, width, height, _) in enumerate(images)],
-        annotations=[dict(annotation, id=i) for i, annotation in enumerate(annotations)],
+        # From 1: pycocotools takes a match with 0 for none.
+        annotations=[dict(annotation, id=i) for i, annotation in enumerate(annotations, 1)],
         categories=[dict(id=i, name=name) for i, name in enumerate(names)])

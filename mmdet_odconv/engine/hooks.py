@@ -1,9 +1,12 @@
 """Hooks: annealing of attention, and checks before hours are spent on a mistaken input."""
 import logging
+import math
 import os
 import re
 from typing import List
 
+from mmengine.dataset import InfiniteSampler
+from mmengine.dist import get_world_size
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
@@ -45,7 +48,12 @@ class AnnealingHook(Hook):
         self._anneal(runner)  # also after validation
 
     def _anneal(self, runner: Runner) -> None:
-        epoch = runner.iter / len(runner.train_dataloader)
+        loader = runner.train_dataloader
+        length = len(loader)
+        # The length of a sampler without an end is the whole data set's in each process.
+        if isinstance(getattr(loader, 'sampler', None), InfiniteSampler):
+            length = math.ceil(length / get_world_size())
+        epoch = runner.iter / length
         progress = min(1.0, (int(epoch) if self.by_epoch else epoch) / self.end_epoch)
         value = self.begin + (self.end - self.begin) * progress
         self.set_value(runner.model, value)

@@ -118,7 +118,7 @@ def _start(config: Config, weights: Optional[str]) -> Tuple[Dict[str, Any], List
         return dict(backbone=dict(init_cfg=None, **frozen)), []
     if '://' in weights and not weights.startswith(('http://', 'https://')):
         kind = 'Pretrained' if backbone.get('type') in SWAPS else 'StaticPretrained'
-        start = dict(init_cfg=dict(_delete_=True, type=kind, checkpoint=weights))
+        start = dict(init_cfg=_in_place(backbone, dict(type=kind, checkpoint=weights)))
         # Gates that begin at 1 leave a static kernel, and what an optimizer does to it, as it is.
         conv_cfg = {**getattr(MODELS.get(backbone.get('type', '')), 'dynamic_conv_cfg', {}),
                     **(backbone.get('conv_cfg') or {})}
@@ -127,8 +127,14 @@ def _start(config: Config, weights: Optional[str]) -> Tuple[Dict[str, Any], List
         return dict(backbone=start), []
     if '://' in weights or any(key.startswith('backbone.') for key in read_weights(weights)[0]):
         return dict(backbone=dict(init_cfg=None), load_from=weights), []
-    return dict(backbone=dict(init_cfg=dict(
-        _delete_=True, type='Pretrained', checkpoint=weights))), []
+    return dict(backbone=dict(init_cfg=_in_place(
+        backbone, dict(type='Pretrained', checkpoint=weights)))), []
+
+
+def _in_place(backbone: Dict[str, Any], init_cfg: Dict[str, Any]) -> Dict[str, Any]:
+    """``init_cfg`` in the place of the base's, whose absence ``_delete_`` would survive."""
+    is_there = isinstance(backbone.get('init_cfg'), dict)
+    return dict(_delete_=True, **init_cfg) if is_there else init_cfg
 
 
 def _text(config: Config, base: str, data: Path, folders: Dict[str, Tuple[str, str]],

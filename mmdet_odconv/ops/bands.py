@@ -87,8 +87,10 @@ class BandModulation(torch.autograd.Function):
         input, gates = ctx.saved_tensors
         if torch.is_grad_enabled():
             input, gates = input.view_as(input), gates.view_as(gates)
-            return torch.autograd.grad(_modulate(input, gates), (input, gates), grad,
-                                       create_graph=True, allow_unused=True)
+            wanted = [t for t, needed in zip((input, gates), ctx.needs_input_grad) if needed]
+            found = iter(torch.autograd.grad(_modulate(input, gates), wanted, grad,
+                                             create_graph=True, allow_unused=True))
+            return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
         rows, columns = _all_waves(input)
         grad_input, grad_gates = torch.empty_like(input), torch.zeros_like(gates)
         for x, g, dy, dx, dg in zip(input, gates, grad, grad_input, grad_gates):

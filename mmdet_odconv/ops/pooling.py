@@ -4,6 +4,7 @@ from typing import Tuple
 import torch
 from torch import Tensor
 
+from .convolution import is_traced
 from .kernels import sum_dtype
 
 
@@ -17,7 +18,7 @@ def with_average(input: Tensor) -> Tuple[Tensor, Tensor]:
     as large as the input, to be written, read and added. So give the returned input only to
     operations whose gradient is a new tensor, as a convolution's is and a sum's is not.
     """
-    if not (input.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+    if not (input.requires_grad and torch.is_grad_enabled()) or is_traced():
         return input, _average(input)
     return _WithAverage.apply(input)
 

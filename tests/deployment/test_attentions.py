@@ -1,4 +1,5 @@
 """What layers attend to, what a detector misses, and the page that shows both."""
+import json
 import re
 import runpy
 import shutil
@@ -11,12 +12,14 @@ import pytest
 import torch
 from mmengine.config import Config
 
+from mmdet_odconv import InputError
 from mmdet_odconv.checkpoints.swapping import build_model
 from mmdet_odconv.deployment.attentions import (
     Image,
     by_class,
     mistakes,
     most_and_least_alike,
+    record_attentions,
     spread,
 )
 
@@ -54,6 +57,25 @@ def test_mistakes():
     assert [m.text for m in found['wrong class']] == ['one 0.70, is two']
     assert [(m.text, m.box.tolist()) for m in found['misses']] == [('one', c)]
     assert found['misses'][0].badness == pytest.approx(0.9)
+
+
+def test_what_is_read_of_a_data_set(tmp_path):
+    """Not crowds, which are neither right nor missed, nor layers with one kernel to mix."""
+    digits.make(tmp_path)
+    config = Config.fromfile(digits.ROOT / 'configs/quickstart/faster-rcnn_od-r18-k4_fpn_digits.py')
+    path = tmp_path / 'data/digits/annotations/val.json'
+    content = json.loads(path.read_text())
+    content['annotations'][0]['iscrowd'] = 1
+    path.write_text(json.dumps(content))
+    config.test_dataloader.dataset.data_root = f'{tmp_path}/data/digits/'
+    config.merge_from_dict({'model.backbone.base_channels': 8, 'model.backbone.stem_channels': 8,
+                            'model.neck.in_channels': [8, 16, 32, 64],
+                            'model.backbone.kernel_num': 1})
+    with pytest.raises(InputError, match='^No layer of this detector mixes kernels by attention'):
+        record_attentions(build_model(config).eval(), config, 100)
+    config.model.backbone.kernel_num = 2
+    images, _ = record_attentions(build_model(config).eval(), config, 100)
+    assert sum(len(image.boxes) for image in images) == len(content['annotations']) - 1
 
 
 def test_the_page(tmp_path, monkeypatch, capsys):

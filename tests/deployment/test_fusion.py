@@ -17,6 +17,7 @@ from mmdet_odconv import (
     CondConv2d,
     DCDConv2d,
     DyConv2d,
+    KWMobileNetV2,
     ODConv2d,
     ODMobileNetV2,
     ODResNet,
@@ -59,6 +60,20 @@ def test_backbones_with_mmcv_before_or_after(backbone):
         for found, wanted in zip(fused(x), expected):
             largest = wanted.abs().max().item()
             torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9 * largest)
+
+
+def test_of_a_warehouse_the_attentions_norms_alone():
+    """Cells are other layers' too. The attention is of matrices, some of 16 channels and as many
+    hidden ones."""
+    model = randomised(KWMobileNetV2(widen_factor=0.5)).double()
+    model.eval()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    expected = model(x)
+    remaining = len(norms(model)) - len([n for n, m in model.named_modules()
+                                         if 'attention' in n and m in norms(model)])
+    assert 0 < len(norms(fuse(model))) == remaining
+    for found, wanted in zip(model(x), expected):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9 * wanted.abs().max().item())
 
 
 def test_a_norm_goes_into_its_own_convolution():

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from mmengine.hooks import Hook
 from mmengine.logging import MessageHub
 from mmengine.model import BaseModel
 from mmengine.registry import HOOKS
-from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -265,6 +266,13 @@ def test_nothing_outside_the_directory_is_removed(tmp_path):
     torch.save(checkpoint, path)
     make_runner(tmp_path / 'run', resume=True, save_best='mAP', rule='greater').train()
     assert (elsewhere / 'epoch_7.pth').exists()
+
+
+def test_a_remote_directory_is_left_to_mmengine(tmp_path):
+    runner = Mock(work_dir=str(tmp_path), _resume=True, _load_from=None, _has_loaded=False,
+                  _train_loop=Mock(spec=BaseLoop))
+    SafeCheckpointHook(out_dir='s3://bucket/run').before_run(runner)
+    assert runner._load_from is None and not runner.logger.warning.called
 
 
 class TestNewestWhole:

@@ -1,11 +1,13 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from mmdet.datasets import CocoDataset, ConcatDataset, MultiImageMixDataset
-from mmengine.dataset import ClassBalancedDataset, RepeatDataset
+from mmengine.dataset import ClassBalancedDataset, InfiniteSampler, RepeatDataset
 from mmengine.dataset import ConcatDataset as MMEngineConcatDataset
 from mmengine.logging import MessageHub
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from mmdet_odconv import (
     InputCheckHook,
@@ -38,6 +40,17 @@ def test_falls_linearly_to_one_and_is_logged():
         assert runner.temperatures == pytest.approx([expected] * 2)
         logged = runner.message_hub.get_scalar('train/temperature').current()
         assert logged == pytest.approx(expected)
+
+
+def test_epochs_of_a_sampler_without_an_end_are_all_processes(monkeypatch):
+    """Its length is the data set's in each of them."""
+    monkeypatch.setattr('mmdet_odconv.engine.hooks.get_world_size', lambda: 2)
+    runner, hook = FakeRunner(iteration=5), TemperatureAnnealingHook(begin=31, end_epoch=3)
+    images = TensorDataset(torch.zeros(10, 1))
+    for sampler, expected in ((InfiniteSampler(images), 21), (None, 26)):
+        runner.train_dataloader = DataLoader(images, sampler=sampler)
+        hook.before_train(runner)
+        assert runner.temperatures == pytest.approx([expected] * 2)
 
 
 def test_by_epoch():

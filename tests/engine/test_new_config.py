@@ -94,7 +94,7 @@ def test_every_head_gets_the_classes(data, tmp_path, base, heads):
         for one in head if isinstance(head, list) else [head]:
             assert one.num_classes == n
     init_cfg = config.model.backbone.init_cfg
-    assert init_cfg.checkpoint == 'torchvision://resnet50'
+    assert init_cfg.checkpoint == 'torchvision://resnet50' and '_delete_' not in init_cfg
     assert init_cfg.type == ('Pretrained' if 'cascade' in base else 'StaticPretrained')
     # A bank of ODConv that static weights become starts with gates of 1, as swap_backbone has it.
     conv_cfg = config.model.backbone.get('conv_cfg') or {}
@@ -116,13 +116,14 @@ def test_a_pascal_voc_folder(data, tmp_path):
             '<xmin>1</xmin><ymin>11</ymin><xmax>20</xmax><ymax>40</ymax></bndbox></object>'
             '<object><name>dog</name><difficult>1</difficult><bndbox><xmin>2</xmin><ymin>2</ymin>'
             '<xmax>9</xmax><ymax>9</ymax></bndbox></object></annotation>')
-    (root / 'ImageSets/Main/train.txt').write_text('a\n')
+    (root / 'ImageSets/Main/train.txt').write_text('a\n \n')
     (root / 'ImageSets/Main/val.txt').write_text('b  1\n')
     made = new_config(root, digits.CONFIG, tmp_path / 'my.py')
     assert [path.name for path in made.written] == ['voc_train.json', 'voc_val.json']
     assert made.splits['train'].boxes == {'cat': 1, 'dog': 0}  # one that is difficult
     annotation = json.loads(made.written[0].read_text())['annotations'][0]
     assert annotation['bbox'] == [0, 10, 20, 30] and annotation['area'] == 600
+    assert annotation['id'] == 1  # pycocotools takes a match with 0 for none
     again = new_config(root, str(tmp_path / 'my.py'), tmp_path / 'again.py', 'none')
     assert not again.written
     text = (tmp_path / 'again.py').read_text()  # the base has as many classes already

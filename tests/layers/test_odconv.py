@@ -143,6 +143,13 @@ def test_gates_as_published_are_where_none_are_asked_for():
         ODConv2d(8, 12, 3, gate_scale=0)
 
 
+def test_a_gate_scale_that_was_rounded_to_half_precision_is_the_same():
+    layer = ODConv2d(4, 8, 3, gate_scale=1.7)
+    halves = {name: value.half() for name, value in layer.state_dict().items()}
+    layer.load_state_dict(halves)
+    ODConv2d(4, 8, 3, gate_scale=1.7).load_state_dict(layer.state_dict())
+
+
 def test_a_damaged_gate_scale_is_refused_by_its_shape():
     layer = ODConv2d(4, 8, 3, gate_scale=2)
     damaged = dict(layer.state_dict(), **{'attention.scale': torch.ones(2)})

@@ -87,6 +87,27 @@ def test_no_choice_depends_on_a_measurement_where_that_is_asked(monkeypatch):
     assert machine(torch.device('meta'), torch.float32) == NOMINAL and not calls
 
 
+def test_a_file_that_lacks_the_machine_is_no_reason_to_measure(monkeypatch, tmp_path):
+    calls, path = count_measurements(monkeypatch), tmp_path / 'machine.json'
+    path.write_text('{}')
+    monkeypatch.setenv(VARIABLE, str(path))
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert machine(CPU, torch.float32) == NOMINAL and not calls
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_measuring_is_in_the_dtype_asked_for_and_draws_from_no_generator_but_its_own(monkeypatch):
+    dtypes, conv2d = set(), machines.F.conv2d
+    monkeypatch.setattr(machines.F, 'conv2d', lambda *a, **k: (
+        dtypes.add((output := conv2d(*a, **k)).dtype), output)[1])
+    before = torch.get_rng_state()
+    with torch.autocast('cpu', torch.bfloat16):
+        machines.measure(CPU, torch.float32)
+    assert dtypes == {torch.float32} and torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize('text', ['', '[]', '{"a": 1}', '{"a": {"convolution": 1}}', json.dumps(
     {'a': dict(vars(NOMINAL), bandwidth=0)})])
 def test_a_damaged_file_is_measured_anew(text):

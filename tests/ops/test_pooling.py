@@ -1,5 +1,7 @@
 import torch
+from torch import nn
 
+from mmdet_odconv.layers import ODConv2d
 from mmdet_odconv.ops import with_average
 
 
@@ -24,6 +26,14 @@ def test_adds_its_gradient_to_no_tensor_but_that_of_the_returned_input():
     (same.square().sum() + average.sum() + y.sum()).backward()
     torch.testing.assert_close(y.grad, 2 * x + 1 / 20 + 1)
     torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_of_two_layers_under_torch_func():
+    layers = nn.Sequential(ODConv2d(3, 4, 3), ODConv2d(4, 2, 1)).double().eval()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    expected, = torch.autograd.grad(layers(x).square().sum(), x)
+    found = torch.func.grad(lambda x: layers(x).square().sum())(x.detach())
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_without_gradient_is_the_mean():

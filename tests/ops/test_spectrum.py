@@ -101,6 +101,7 @@ def test_bands_equal_the_published_formulation_with_both_derivatives(size):
     ours, theirs = both(lambda: modulate_bands(x, gates))
     reference.assert_same_with_gradients(ours, theirs, dict(x=x, gates=gates))
     assert_same_second_derivatives(lambda: modulate_bands(x, gates), (x, gates))
+    assert_same_second_derivatives(lambda: modulate_bands(x.detach(), gates), (gates, ))
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])

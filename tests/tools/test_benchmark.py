@@ -10,6 +10,7 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
+from mmdet_odconv import InputError
 from mmdet_odconv.checkpoints.swapping import make_static
 from mmdet_odconv.engine.launch import find_config
 from mmdet_odconv.layers import DynamicConv2d
@@ -52,6 +53,20 @@ def test_arguments_of_a_backbones_own_layer_go_with_it():
     config = dict(type='ODMobileNetV2', conv_cfg=dict(norm_cfg=dict(type='LN')), out_indices=(1,))
     make_static(config)
     assert config == dict(type=MobileNetV2, out_indices=(1,))
+
+
+@pytest.mark.parametrize('arch', ['small', 'large'])
+def test_the_static_network_has_the_dynamic_ones_maps(arch):
+    config = dict(type='DyMobileNetV3', arch=arch)
+    dynamic = MODELS.build(config)
+    make_static(config)
+    image = torch.zeros(1, 3, 64, 64)
+    assert ([m.shape for m in dynamic(image)] == [m.shape for m in MODELS.build(config)(image)])
+
+
+def test_a_size_that_the_static_network_has_not():
+    with pytest.raises(InputError, match='^ResNet has nothing like ODResNet of depth=10: give ano'):
+        make_static(dict(type='ODResNet', depth=10))
 
 
 def test_measured_plans_are_those_that_can_serve_each_layer():

@@ -128,6 +128,13 @@ def test_any_coco_directory_a_test_split_options_and_equal_time(root, forked, mo
     assert '(1 iterations)' in (root / 'out/compare.md').read_text()
 
 
+def test_two_configs_of_one_name(forked, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['compare.py', 'tiny_r18.py,load_from=a/1.pth',
+                                      'tiny_r18.py,load_from=b/1.pth'])
+    with pytest.raises(SystemExit, match='2 configs are called tiny_r18,load_from=1.pth, after'):
+        forked.main()
+
+
 def test_data_that_are_absent(tmp_path):
     result = compare(tmp_path, 'faster-rcnn_r18_fpn_digits.py')
     assert result.returncode == 1

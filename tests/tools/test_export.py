@@ -88,6 +88,8 @@ def test_onnx(root, export, kind, options):
     described = json.loads((root / f'{kind}.json').read_text())
     assert described['classes'] == list('0123456789')
     assert ('mean' in described['input']) == (kind == 'faster')
+    assert [step['type'] for step in described['input']['resize']] == ['Resize']
+    assert '_scope_' not in described['input']['resize'][0]
     if '--evaluate' in options:
         (plain, ), (exported, ) = (re.findall(rf'{name}: bbox_mAP (\S+),', said)
                                    for name in ('PyTorch', 'faster.onnx'))

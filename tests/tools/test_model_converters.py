@@ -15,7 +15,7 @@ from mmengine.runner import load_checkpoint
 
 from mmdet_odconv import InputError, ODResNet
 from mmdet_odconv.checkpoints import read_weights, save_checkpoint
-from mmdet_odconv.checkpoints.files import halved
+from mmdet_odconv.checkpoints.files import halved, writing
 from mmdet_odconv.checkpoints.swapping import build_model
 from mmdet_odconv.layers import DynamicConv2d
 
@@ -346,6 +346,12 @@ def test_text_saved_as_a_checkpoint(tmp_path, text):
 def test_an_address_that_does_not_answer():
     with pytest.raises(InputError, match='x.pth could not be read .*: check the path, or the addr'):
         read_weights('http://127.0.0.1:1/x.pth')
+
+
+def test_a_file_that_is_read_meanwhile_is_not_the_one_that_cannot_be_written(tmp_path):
+    with pytest.raises(FileNotFoundError, match='absent'), writing(tmp_path / 'out.py'):
+        (tmp_path / 'absent').read_text()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 from mmdet_odconv import config_path
-from mmdet_odconv.checkpoints.files import writing
+from mmdet_odconv.checkpoints.files import refuse_existing, writing
 from mmdet_odconv.deployment.attentions import record_attentions, spread
 from mmdet_odconv.deployment.export import load_detector
 from mmdet_odconv.deployment.page import write_page
@@ -31,7 +31,8 @@ def main():
     parser.add_argument('--out', type=Path, default=Path('attention.html'), metavar='FILE')
     parser.add_argument('--force', action='store_true', help='replace a file that exists')
     args = parser.parse_args()
-    with errors_explained(), writing(args.out, args.force) as temporary:
+    with errors_explained():
+        refuse_existing(args.out, args.force)
         config = Config.fromfile(config_path(args.config))
         if args.data:
             annotations, folder = (str(Path(path).resolve()) for path in args.data)
@@ -45,8 +46,9 @@ def main():
             print(f'{name}: entropy {found.entropy:.3f}, variation {found.variation:.4f}, '
                   f'shares {shares}, dead {found.dead or "none"}')
         classes = classes or config.test_dataloader.dataset.metainfo.classes
-        write_page(temporary, f'{Path(args.config).stem}, {Path(args.checkpoint).name}', images,
-                   attentions, classes, args.score, curves=args.curves)
+        with writing(args.out, args.force) as temporary:
+            write_page(temporary, f'{Path(args.config).stem}, {Path(args.checkpoint).name}', images,
+                       attentions, classes, args.score, curves=args.curves)
     print(f'{args.out}: open it in a browser')
 
 

@@ -263,9 +263,9 @@ def detector_case(args, batch):
     from mmengine.optim import build_optim_wrapper
     from mmengine.registry import DefaultScope
 
+    from mmdet_odconv import config_path
     from mmdet_odconv.checkpoints.swapping import make_static
-    from mmdet_odconv.engine.launch import find_config
-    path = Path(args.target) if Path(args.target).exists() else find_config(args.target)
+    path = Path(config_path(args.target))
     DefaultScope.get_instance('benchmark', scope_name='mmdet')
     config = Config.fromfile(path)
     # Fine-tuning's frozen stages need pretrained weights, which are not at hand.

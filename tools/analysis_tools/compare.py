@@ -50,10 +50,10 @@ from rich.progress import track
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
 
-from mmdet_odconv import InputError  # noqa: E402
+from mmdet_odconv import InputError, config_path  # noqa: E402
 from mmdet_odconv.engine.comparison import equal_budget, paired_difference  # noqa: E402
 from mmdet_odconv.engine.data_sets import use_data  # noqa: E402
-from mmdet_odconv.engine.launch import errors_explained, find_config  # noqa: E402
+from mmdet_odconv.engine.launch import errors_explained  # noqa: E402
 
 TOOLS = Path(__file__).parents[1]
 FAMILIES = ('od', 'dy', 'cond', 'dcd', 'fd', 'kw', 'se')
@@ -81,7 +81,7 @@ class Entry:
     def __init__(self, place, text):
         self.place = place  # the first is what the others are compared with
         name, *options = text.split(',')
-        self.path = Path(name) if Path(name).is_file() else find_config(name)
+        self.path = Path(config_path(name))
         self.options = {key: parse(value) for key, _, value in (o.partition('=') for o in options)}
         self.name = ','.join([self.path.stem, *(
             f'{key.rpartition(".")[2]}={str(value).rpartition("/")[2]}'
@@ -356,6 +356,10 @@ def train_all(args):
     """Records of every config with every seed, in the order in which they were given."""
     entries = [Entry(*numbered) for numbered in enumerate(args.configs)]
     baseline, *others = entries
+    for name, count in collections.Counter(entry.name for entry in entries).items():
+        if count > 1:
+            raise InputError(f'{count} configs are called {name}, after a file and the ends of its '
+                             'options: give files of other names.')
     stats = {}
     for entry in entries:
         try:

@@ -35,8 +35,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmdet_odconv import InputError
-from mmdet_odconv.engine.launch import explain, find_config
+from mmdet_odconv import InputError, config_path
+from mmdet_odconv.engine.launch import errors_explained
 from mmdet_odconv.layers import DynamicConv2d
 from mmdet_odconv.ops import force_plan, set_machine
 from mmdet_odconv.ops.machine import NOMINAL
@@ -176,14 +176,9 @@ def main():
     parser.add_argument('--shape', type=int, nargs=2, default=(800, 1333), metavar=('H', 'W'))
     parser.add_argument('--out', type=Path, help='JSON file to write')
     args = parser.parse_args()
-    try:
-        path = Path(args.config) if Path(args.config).is_file() else find_config(args.config)
+    with errors_explained():
+        path = Path(config_path(args.config))
         stats = detector_stats(Config.fromfile(path), tuple(args.shape))
-    except Exception as error:
-        sentence = explain(error)
-        if sentence is None:
-            raise
-        sys.exit(f'error: {sentence}')
     table = Table(title=f'{path.stem}, one image of {args.shape[0]}x{args.shape[1]}')
     for column in ('part', 'params, M', 'MAdds, G', *KINDS):
         table.add_column(column, justify='left' if column == 'part' else 'right')

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 
+from mmdet_odconv import config_path
 from mmdet_odconv.checkpoints import load_static, read_weights, save_checkpoint
 from mmdet_odconv.checkpoints.files import refuse_existing
 from mmdet_odconv.checkpoints.published import few
-from mmdet_odconv.checkpoints.swapping import build_model, converted, locate_config
+from mmdet_odconv.checkpoints.swapping import build_model, converted
 from mmdet_odconv.engine.launch import errors_explained
 
 
@@ -28,8 +29,7 @@ def main():
     args = parser.parse_args()
     with errors_explained():
         refuse_existing(args.out, args.force)
-        path, _ = locate_config(args.config)
-        config = Config.fromfile(path)
+        config = Config.fromfile(config_path(args.config))
         state, checkpoint = read_weights(args.static)
         torch.manual_seed(args.seed)
         model = build_model(config)
