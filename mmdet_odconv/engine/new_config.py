@@ -133,8 +133,7 @@ def _start(config: Config, weights: Optional[str]) -> Tuple[Dict[str, Any], List
 
 def _in_place(backbone: Dict[str, Any], init_cfg: Dict[str, Any]) -> Dict[str, Any]:
     """``init_cfg`` in the place of the base's, whose absence ``_delete_`` would survive."""
-    is_there = isinstance(backbone.get('init_cfg'), dict)
-    return dict(_delete_=True, **init_cfg) if is_there else init_cfg
+    return dict(_delete_=True, **init_cfg) if 'init_cfg' in backbone else init_cfg
 
 
 def _text(config: Config, base: str, data: Path, folders: Dict[str, Tuple[str, str]],

@@ -5,7 +5,7 @@ https://openreview.net/forum?id=DmpCfq6Mg39
 import functools
 import math
 import warnings
-from typing import Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -75,11 +75,12 @@ class ODConv2d(DynamicConv2d):
         return super().extra_repr() + ('' if scale == 1 else f', gate_scale={scale:g}')
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        ours = self.attention.gate_scale
+        ours: Any = self.attention.gate_scale
         theirs = state_dict.get(f'{prefix}attention.scale', torch.ones(()))
         is_given = f'{prefix}attention.fc.weight' in state_dict and not theirs.is_meta
         # What half precision rounds is the same.
-        if is_given and theirs.numel() == 1 and not math.isclose(theirs, ours, rel_tol=1e-2):
+        if is_given and theirs.numel() == 1 and not math.isclose(
+                theirs.item(), ours, rel_tol=1e-2):
             raise InputError(f'{prefix[:-1] or type(self).__name__} has gate_scale={ours:g}, but '
                              f'the checkpoint holds weights of gate_scale={theirs.item():g}: set '
                              "it in the layer's conv_cfg, or give weights of the same network.")
