@@ -1,5 +1,4 @@
 import os
-from pathlib import Path
 
 # Test workers share the cores; more threads than that only wait for each other.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
@@ -7,14 +6,13 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 import pytest
 import torch
 import warm
+from warm import ROOT
 
 if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')  # read when Triton is first imported
 
 warm.spare_repetition()
 torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)

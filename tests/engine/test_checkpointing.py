@@ -269,6 +269,7 @@ def test_nothing_outside_the_directory_is_removed(tmp_path):
 
 
 def test_a_remote_directory_is_left_to_mmengine(tmp_path):
+    (tmp_path / 'last_checkpoint').write_text('s3://bucket/run/epoch_3.pth')
     runner = Mock(work_dir=str(tmp_path), _resume=True, _load_from=None, _has_loaded=False,
                   _train_loop=Mock(spec=BaseLoop))
     SafeCheckpointHook(out_dir='s3://bucket/run').before_run(runner)

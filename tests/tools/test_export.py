@@ -30,6 +30,7 @@ model = dict(
     backbone=dict(depth=10, base_channels=8, stem_channels=8, kernel_num=2),
     neck=dict(in_channels=[8, 16, 32, 64]), test_cfg=dict(rcnn=dict(max_per_img=20)))
 test_dataloader = dict(batch_size=2)
+test_pipeline = []  # a variable, which no loader reads
 """
 
 
