@@ -307,7 +307,7 @@ def test_any_layer_in_any_backbone_with_its_own_defaults(cls, layer, bank):
 def test_bad_choices_of_dynamic_convolutions(arguments, message):
     with pytest.raises(ValueError, match=message) as caught:
         DyResNet(18, **arguments)
-    assert isinstance(caught.value, InputError) == ('dynamic_convs' in arguments)
+    assert isinstance(caught.value, InputError) == ('conv_cfg' not in arguments)
 
 
 @pytest.mark.parametrize(('arch', 'dynamic', 'channels'), [
