@@ -1,4 +1,7 @@
 """Classifiers for MMPretrain: their sizes and schedules, and the way from one to a detector."""
+import argparse
+import re
+import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -8,7 +11,7 @@ import pytest
 import torch
 import yaml
 from digits import ROOT, tool
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 from mmengine.registry import DefaultScope
 from mmengine.runner.checkpoint import CheckpointLoader
 
@@ -112,6 +115,35 @@ def test_recipe_is_the_published_one(name):
     backbone, head = config.model.backbone, config.model.head
     assert backbone.get('frozen_stages', -1) == -1 and not backbone.get('norm_eval', False)
     assert head.get('dropout') == (None if is_static and not is_mobile else 0.2)
+
+
+RECIPES = re.findall(r'^\| (\S+-rcnn_\S+) \| (\S+) \| `(.+)` \|$',
+                     (CONFIGS / 'imagenet/README.md').read_text(), re.M)
+
+
+@pytest.mark.parametrize(('detector', 'name', 'options'), RECIPES)
+def test_detectors_load_what_the_recipe_named_for_them_trains(detector, name, options):
+    classifier = load(name)
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+    options = shlex.split(options.replace('\\|', '|'))  # a table's bar has a backslash before it
+    classifier.merge_from_dict(parser.parse_args(['--cfg-options', *options]).cfg_options)
+    path, = CONFIGS.glob(f'*/{detector}.py')
+    config = Config.fromfile(path).model.backbone
+    assert config.pop('init_cfg').prefix == 'backbone.'
+    backbones = [build(classifier).backbone]
+    with torch.device('meta'):
+        backbones.append(MODELS.build(config))
+    trained, loaded = ({key: value.shape for key, value in backbone.state_dict().items()}
+                       for backbone in backbones)
+    assert trained == loaded
+
+
+def test_every_detector_without_published_weights_has_such_a_recipe():
+    said = {path.stem for path in CONFIGS.glob('*/faster-rcnn_*.py')
+            if 'trained with MMPretrain' in ' '.join(path.read_text().split())}
+    without = {'faster-rcnn_dy-mobilenet-v3-small-k4_fpn_1x_coco'}  # which its README says
+    assert {detector for detector, *_ in RECIPES} == said - without
 
 
 @pytest.mark.parametrize('name', ['od-r18-k1_8xb32-100e_in1k', 'dy-r18-k4_8xb32-100e_in1k',
