@@ -125,4 +125,4 @@ docs: env  ## the documentation, into build/docs; warnings are errors
 	@echo 'Read it, and search it, offline: python3 -m http.server -d build/docs'
 
 clean:  ## what tests and builds leave
-	rm -rf build dist *.egg-info work_dirs/test .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist work_dirs/test .pytest_cache .mypy_cache .ruff_cache .hypothesis
