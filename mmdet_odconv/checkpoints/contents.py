@@ -69,8 +69,8 @@ def _holder(checkpoint: dict, path: str) -> Tuple[Optional[dict], str]:
 def _check_types(checkpoint: dict, filename: str) -> None:
     for path in ('', *DICTS):
         holder, name = _holder(checkpoint, path) if path else ({'': checkpoint}, '')
-        if holder is None or isinstance(holder[name], Tensor):  # a parameter of that name
-            continue
+        if holder is None or isinstance(holder[name], Tensor) and path != 'state_dict':
+            continue  # a parameter of that name
         if holder[name] is None:
             del holder[name]
             continue
@@ -135,15 +135,21 @@ def check_resumable(checkpoint: dict) -> None:
 
 
 class _DictCalls(ast.NodeTransformer):
-    """``dict(a=1)`` as ``{'a': 1}``, which ``ast.literal_eval`` reads."""
+    """``dict(a=1)`` as ``{'a': 1}``, which ``ast.literal_eval`` reads.
+
+    MMEngine writes ``dict({'a.b': 1}, c=1)`` where a key is no identifier.
+    """
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
-        names = [keyword.arg for keyword in node.keywords]
-        if not (isinstance(node.func, ast.Name) and node.func.id == 'dict') or node.args:
+        if not (isinstance(node.func, ast.Name) and node.func.id == 'dict'
+                and all(isinstance(arg, ast.Dict) for arg in node.args[:1]) and len(node.args) < 2):
             return node
-        return ast.Dict(keys=[ast.Constant(name) if name else None for name in names],
-                        values=[keyword.value for keyword in node.keywords])
+        first = node.args[0] if node.args else ast.Dict(keys=[], values=[])
+        names = [keyword.arg for keyword in node.keywords]
+        return ast.Dict(
+            keys=first.keys + [ast.Constant(name) if name else None for name in names],
+            values=first.values + [keyword.value for keyword in node.keywords])
 
 
 def _why_not_literal(text) -> Optional[str]:

@@ -168,6 +168,7 @@ def test_the_config_of_a_run_is_read(door, detector):
     "custom_imports = dict(imports=['mmdet_odconv'], allow_failed_imports=False)",
     "model = dict(type='mmdet.FasterRCNN', a=dict(type='mmdet.models.backbones.resnet.ResNet'))",
     "optimizer = dict(type='torch.optim.adamw.AdamW')",
+    "custom_keys = dict({'backbone.layer1': dict(lr_mult=0.1)}, bias=dict(decay_mult=0.0))",
 ])
 def test_configs_that_mmengine_saves_are_kept(tmp_path, text):
     write(tmp_path / 'file.pth', with_text(text, {}))
