@@ -174,11 +174,12 @@ class StaticPretrainedInit(PretrainedInit):
             child.is_init = True
         state, _ = read_weights(self.checkpoint, self.map_location)
         if self.prefix:
-            state = {name[len(self.prefix):]: tensor for name, tensor in state.items()
-                     if name.startswith(self.prefix)}
+            prefix = self.prefix.rstrip('.') + '.'  # with a dot or without, as Pretrained has it
+            state = {name[len(prefix):]: tensor for name, tensor in state.items()
+                     if name.startswith(prefix)}
             if not state:
                 raise InputError(f'Checkpoint {self.checkpoint} has no weights whose names begin '
-                                 f'with {self.prefix}')
+                                 f'with {prefix}')
         load_static(module, state)
         if hasattr(module, '_params_init_info'):
             update_init_info(module, init_info=self._get_init_info())

@@ -273,6 +273,16 @@ def test_static_pretrained_from_torchvisions_names(tmp_path):
     assert_same_outputs(static.double(), dynamic.double(), torch.randn(1, 3, 64, 64).double())
 
 
+@pytest.mark.parametrize('prefix', ['backbone', 'backbone.'])
+def test_a_prefix_ends_in_a_dot_or_not(tmp_path, prefix):
+    static, dynamic = ResNet(18).state_dict(), ODResNet(18, kernel_num=1)
+    torch.save({'state_dict': {f'backbone.{k}': v for k, v in static.items()}}, tmp_path / 'a.pth')
+    dynamic.init_cfg = dict(type='StaticPretrained', checkpoint=str(tmp_path / 'a.pth'),
+                            prefix=prefix)
+    dynamic.init_weights()
+    assert torch.equal(dynamic.conv1.weight, static['conv1.weight'])
+
+
 def test_a_layer_without_a_static_counterpart_is_named():
     static = ResNet(18).state_dict()
     static = {name: t for name, t in static.items() if name != 'layer2.1.conv1.weight'}
