@@ -1,5 +1,6 @@
 """Checkpoints of a run that may be killed at any moment, written and resumed from."""
 import contextlib
+import errno
 import os
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
@@ -11,6 +12,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 
 from ..checkpoints.files import writing
+from ..errors import InputError
 from .divergence import DivergenceCheck
 from .lock import lock_directory, release_directory
 from .randomness import (
@@ -20,7 +22,7 @@ from .randomness import (
     seed_workers_by_epoch,
     set_random_state,
 )
-from .resuming import newest_whole, step
+from .resuming import newest_whole, no_space, pattern, step
 
 STATES = 'random_states'  # in a checkpoint: a list, one of random_state() per process
 REPLACED = 'replaces'  # in its meta: names of the checkpoints that are removed for it
@@ -33,10 +35,15 @@ class WholeFileBackend(LocalBackend):
     def put(self, obj: bytes, filepath: Union[str, Path]) -> None:
         path = Path(os.path.realpath(filepath))
         path.parent.mkdir(parents=True, exist_ok=True)
-        with writing(path, force=True) as temporary, open(temporary, 'wb') as file:
-            file.write(obj)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with writing(path, force=True) as temporary, open(temporary, 'wb') as file:
+                file.write(obj)
+                file.flush()
+                os.fsync(file.fileno())
+        except InputError as error:
+            if getattr(error.__cause__, 'errno', None) != errno.ENOSPC:
+                raise
+            raise InputError(no_space(f' while writing {filepath}')) from error.__cause__
 
 
 # Under MMEngine's own name too, so that every config that saves checkpoints has it.
@@ -175,7 +182,7 @@ class SafeCheckpointHook(CheckpointHook):
         directory = Path(self.out_dir)
         for name in self._replaced:
             (directory / name).unlink(missing_ok=True)
-        for template in (self.filename_tmpl.format('*'), 'best_*.pth'):
+        for template in (pattern(self.filename_tmpl), 'best_*.pth'):
             stem, suffix = os.path.splitext(template)
             for path in directory.glob(f'.{stem}-????????{suffix}'):
                 path.unlink(missing_ok=True)

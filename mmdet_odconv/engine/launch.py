@@ -22,7 +22,7 @@ from ..errors import DivergenceError, InputError
 from ..names import find_config, nearest
 from .data_check import check_annotations, unreadable
 from .distributed import prepare_cpu_processes
-from .resuming import interruption
+from .resuming import interruption, no_space
 
 # What reading another JSON, or none, as COCO raises.
 NOT_COCO = (AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
@@ -80,12 +80,7 @@ def explain(error: BaseException) -> Optional[str]:
     if isinstance(error, (InputError, DivergenceError)):
         return str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        path = _locals_of(error, 'put').get('filepath')  # MMEngine's LocalBackend
-        if path is not None:
-            Path(path).unlink(missing_ok=True)
-        written = '' if path is None else f' while writing {path}, which was removed'
-        return (f'No space was left on the disk{written}: free some and run again with --resume, '
-                'which continues from the last whole checkpoint.')
+        return no_space('')
     if isinstance(error, ValueError) and 'SyncBatchNorm layers only work' in str(error):
         return ('The config synchronises BatchNorm (SyncBN), which torch does on GPUs alone: on '
                 'CPUs, run one process without --launcher, or choose another norm_cfg.')

@@ -22,7 +22,7 @@ def newest_whole(work_dir: Path, out_dir: Path,
     Args:
         work_dir: where ``last_checkpoint`` is.
         out_dir: where checkpoints are.
-        template: their names, with ``{}`` for the epoch or iteration.
+        template: their names, with ``{}``, or ``{:04d}``, for the epoch or iteration.
 
     Returns:
         the checkpoint, ``None`` if there is none at all, and what was passed over, why.
@@ -31,9 +31,9 @@ def newest_whole(work_dir: Path, out_dir: Path,
         InputError: if there are some, and none is whole.
     """
     pointer = work_dir / POINTER
-    named = pointer.read_text().strip() if pointer.is_file() else ''
-    steps = {path: number for path in out_dir.glob(template.format('*'))
-             if (number := step(path, template)) is not None}
+    named = pointer.read_text(errors='replace').strip() if pointer.is_file() else ''
+    steps = {path: number for path in out_dir.glob(pattern(template))
+             if (number := step(path, template)) is not None and path.exists()}
     files = sorted(steps, key=lambda path: path.stat().st_mtime_ns, reverse=True)
     if named:
         target = Path(named)
@@ -56,9 +56,14 @@ def newest_whole(work_dir: Path, out_dir: Path,
     return None, passed
 
 
+def pattern(template: str) -> str:
+    """What ``glob`` finds checkpoints by whose names are made by ``template``."""
+    return re.sub(r'{.*?}', '*', template, count=1)
+
+
 def step(path: Path, template: str) -> Optional[int]:
     """The epoch or iteration in a checkpoint's name; ``None`` if it is not of the template."""
-    before, _, after = template.partition('{}')
+    before, _, after = pattern(template).partition('*')
     found = re.fullmatch(f'{re.escape(before)}([0-9]+){re.escape(after)}', path.name)
     return int(found[1]) if found else None
 
@@ -74,9 +79,15 @@ def damage(path: Path) -> Optional[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except Exception as error:  # zipfile has no common class for what damaged headers may raise
         return f'damaged: {error}'
     return None if bad is None else f'damaged at {bad}'
+
+
+def no_space(writing: str) -> str:
+    """What to say when the disk is full; of what is being written, ' while writing F' or ''."""
+    return (f'No space was left on the disk{writing}: free some and run again with --resume, '
+            'which continues from the last whole checkpoint.')
 
 
 def interruption(resumes: bool) -> str:

@@ -317,6 +317,22 @@ class TestNewestWhole:
             assert name == 'epoch_2.pth' and f'epoch_3.pth ({reason}' in passed
             (directory / 'epoch_3.pth').write_bytes(data)
 
+    def test_is_the_one_before_whatever_zipfile_says_of_the_damage(self, directory):
+        data = bytearray((directory / 'epoch_3.pth').read_bytes())
+        data[data.index(b'PK\1\2') + 10] ^= 64  # the compression, of which there is no such kind
+        (directory / 'epoch_3.pth').write_bytes(data)
+        (directory / 'epoch_9.pth').symlink_to('nowhere')
+        (directory / 'last_checkpoint').write_bytes(b'\xff')
+        name, passed = self.found(directory)
+        assert name == 'epoch_2.pth' and 'epoch_3.pth (damaged: ' in ' '.join(passed)
+
+    def test_may_have_zeros_before_its_number(self, directory):
+        for number in (2, 3):
+            (directory / f'epoch_{number}.pth').rename(directory / f'epoch_000{number}.pth')
+        (directory / 'last_checkpoint').unlink()
+        path, _ = newest_whole(directory, directory, 'epoch_{:04d}.pth')
+        assert path.name == 'epoch_0003.pth'
+
     def test_is_the_one_before_if_it_is_gone(self, directory):
         (directory / 'epoch_3.pth').unlink()
         name, (passed,) = self.found(directory)

@@ -1,4 +1,5 @@
 """Real runs of the command-line tools on real images: train, resume, test, and their errors."""
+import errno
 import json
 import pathlib
 import pickle
@@ -12,11 +13,11 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config
-from mmengine.fileio import LocalBackend
 from mmengine.runner import load_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from mmdet_odconv import InputError
+from mmdet_odconv.engine.checkpointing import WholeFileBackend
 from mmdet_odconv.engine.launch import explain, find_config
 
 
@@ -254,11 +255,16 @@ def test_a_checkpoint_that_is_no_dict(tiny_model, tmp_path):
         load_checkpoint(tiny_model, str(tmp_path / 'list.pth'))
 
 
-def test_no_space_left_leaves_no_partial_checkpoint(tmp_path):
+def test_no_space_left_leaves_no_partial_checkpoint(tmp_path, monkeypatch):
+    error = OSError(errno.ENOSPC, 'No space left on device')
+
+    def full(descriptor):
+        raise error
+
     path = tmp_path / 'epoch_1.pth'
-    path.symlink_to('/dev/full')
-    with pytest.raises(OSError, match='No space left') as caught:
-        LocalBackend().put(b'x', str(path))
-    sentence = explain(caught.value)
-    assert f'while writing {path}, which was removed' in sentence and '--resume' in sentence
-    assert not path.is_symlink()
+    path.write_bytes(b'whole')
+    monkeypatch.setattr('os.fsync', full)
+    with pytest.raises(InputError, match=f'while writing {path}: free some .* with --resume'):
+        WholeFileBackend().put(b'x', str(path))
+    assert path.read_bytes() == b'whole' and list(tmp_path.iterdir()) == [path]
+    assert 'No space was left on the disk: free some' in explain(error)
