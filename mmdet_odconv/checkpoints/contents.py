@@ -142,10 +142,10 @@ class _DictCalls(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
+        first, *more = node.args or [ast.Dict(keys=[], values=[])]
         if not (isinstance(node.func, ast.Name) and node.func.id == 'dict'
-                and all(isinstance(arg, ast.Dict) for arg in node.args[:1]) and len(node.args) < 2):
+                and isinstance(first, ast.Dict) and not more):
             return node
-        first = node.args[0] if node.args else ast.Dict(keys=[], values=[])
         names = [keyword.arg for keyword in node.keywords]
         return ast.Dict(
             keys=first.keys + [ast.Constant(name) if name else None for name in names],
