@@ -4,7 +4,7 @@ import importlib
 import json
 import warnings
 from pathlib import Path
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from mmcv.ops import MultiScaleDeformableAttention
 from mmcv.transforms import Compose
 from mmdet.models import BaseDetector
+from mmdet.utils import get_test_pipeline_cfg
 from mmengine.config import Config
 from mmengine.registry import DATASETS
 from torch import Tensor, nn
@@ -236,13 +237,17 @@ def compare(detector: TensorDetector, runtime: Runtime,
 
 def preprocessing(config: Config, model: BaseDetector, normalize: bool,
                   classes: Sequence[str]) -> dict:
-    """What is to be done to an image before the file, and what comes out, for a JSON file."""
-    steps = [step.to_dict() for step in config.test_dataloader.dataset.pipeline
-             if step['type'] in ('Resize', 'FixScaleResize', 'Pad')]
+    """What is to be done to an image before the file, and what comes out, for a JSON file.
+
+    How it is resized is None where the config has no test set.
+    """
+    pipeline = _test_pipeline(config)
     preprocessor = model.data_preprocessor
     done = dict(
-        resize=[{key: value for key, value in step.items() if key != '_scope_'}
-                for step in steps],
+        resize=pipeline and [
+            {key: _kind(step) if key == 'type' else value for key, value in step.items()
+             if key != '_scope_'}
+            for step in pipeline if _kind(step) in ('Resize', 'FixScaleResize', 'Pad')],
         channels='BGR' if normalize or not preprocessor._channel_conversion else 'RGB',
         layout='(1, 3, height, width), float32', values='0 to 255')
     if preprocessor._enable_normalize and not normalize:
@@ -255,6 +260,19 @@ def preprocessing(config: Config, model: BaseDetector, normalize: bool,
             boxes='(N, 4): x1, y1, x2, y2 in pixels of the resized image', scores='(N,), falling',
             labels='(N,): indices of classes',
             masks='(N, h, w), where there is a mask head: probabilities on a grid over each box'))
+
+
+def _test_pipeline(config: Config) -> Optional[List[dict]]:
+    """Steps of the test set's pipeline, or of the first of several; None if there is none."""
+    if not config.get('test_dataloader'):
+        return None
+    return [step.to_dict() for step in get_test_pipeline_cfg(config)]
+
+
+def _kind(step: dict) -> str:
+    """The name of a step's type, which pure Python configs give as a class."""
+    kind = step['type']
+    return (kind if isinstance(kind, str) else kind.__name__).rpartition('.')[2]
 
 
 def write_preprocessing(described: dict, path: Path, force: bool) -> None:
@@ -272,10 +290,16 @@ def example_images(config: Config, model: BaseDetector, normalize: bool,
         model: whose preprocessor normalises them.
         normalize: whether the file does that itself.
         files: images; the first of the test set if empty, and noise if there is no test set.
+
+    Raises:
+        InputError: if there are files and no test pipeline.
     """
     if files:
-        pipeline = Compose([step for step in config.test_dataloader.dataset.pipeline
-                            if step['type'] != 'LoadAnnotations'])
+        steps = _test_pipeline(config)
+        if steps is None:
+            raise InputError('The config has no test_dataloader, whose pipeline prepares images: '
+                             'give one, or no image.')
+        pipeline = Compose([step for step in steps if _kind(step) != 'LoadAnnotations'])
         inputs = [pipeline(dict(img_path=str(file), img_id=0))['inputs'] for file in files]
     else:
         try:

@@ -14,15 +14,23 @@ import numpy as np
 import pytest
 import torch
 from mmdet.apis import inference_detector
+from mmdet.models import DetDataPreprocessor
 from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 
 import mmdet_odconv
+from mmdet_odconv import InputError
 from mmdet_odconv.checkpoints.swapping import build_model
 from mmdet_odconv.deployment.detector import TensorDetector
 from mmdet_odconv.deployment.evaluation import ExportedDetector
-from mmdet_odconv.deployment.export import Runtime, as_program, compare
+from mmdet_odconv.deployment.export import (
+    Runtime,
+    as_program,
+    compare,
+    example_images,
+    preprocessing,
+)
 
 CONFIG = """
 _base_ = {base!r}
@@ -111,6 +119,31 @@ def test_onnx(root, export, kind, options):
         assert torch.equal(found.labels, wanted.labels)
         if kind == 'mask':
             assert (found.masks != wanted.masks).float().mean() < 1e-3
+
+
+LAZY = '''
+from mmcv.transforms import LoadImageFromFile, Resize
+from mmdet.datasets.transforms import LoadAnnotations, PackDetInputs
+
+test_dataloader = dict(dataset=dict(datasets=[dict(pipeline=[
+    dict(type=LoadImageFromFile), dict(type=Resize, scale=(64, 48), keep_ratio=True),
+    dict(type=LoadAnnotations, with_bbox=True), dict(type=PackDetInputs, meta_keys=())])]))
+'''
+
+
+def test_how_an_image_is_resized_is_said_of_any_config(tmp_path):
+    (tmp_path / 'lazy.py').write_text(LAZY)
+    mmcv.imwrite(np.zeros((96, 96, 3), np.uint8), str(tmp_path / 'image.png'))
+    model = SimpleNamespace(data_preprocessor=DetDataPreprocessor())
+    config = Config.fromfile(tmp_path / 'lazy.py')
+    assert preprocessing(config, model, False, ())['input']['resize'] == [
+        dict(type='Resize', scale=(64, 48), keep_ratio=True)]
+    image, _ = example_images(config, model, False, [str(tmp_path / 'image.png')])
+    assert image.shape == (1, 3, 48, 48)
+    assert preprocessing(Config({}), model, False, ())['input']['resize'] is None
+    with pytest.raises(InputError, match='no test_dataloader, whose pipeline prepares images'):
+        example_images(Config({}), model, False, ['image.png'])
+    assert len(example_images(Config({}), model, False, [])) == 2
 
 
 def test_torchscript(export):
