@@ -99,7 +99,7 @@ def make_runner(work_dir, resume=False, by_epoch=True, workers=0, hooks=(), load
                 collate_fn=dict(type='default_collate'), persistent_workers=workers > 0,
                 sampler=dict(type=DefaultSampler, shuffle=True))
     torch.manual_seed(0)  # for the model, which is made before the runner seeds
-    return Runner(
+    RUNNERS.append(Runner(
         Small(), str(work_dir), train_dataloader=data, train_cfg=loop, val_cfg=dict(),
         val_dataloader=dict(data, num_workers=0, persistent_workers=False),
         val_evaluator=Evaluator([Score()]),
@@ -108,7 +108,21 @@ def make_runner(work_dir, resume=False, by_epoch=True, workers=0, hooks=(), load
             type='CheckpointHook', by_epoch=by_epoch, interval=1 if by_epoch else 4,
             **{'max_keep_ckpts': 1, **checkpoint})),
         custom_hooks=list(hooks), resume=resume, load_from=load_from, randomness=dict(seed=3),
-        log_level='WARNING', experiment_name=f'{Path(work_dir).name}-{time.monotonic_ns()}')
+        log_level='WARNING', experiment_name=f'{Path(work_dir).name}-{time.monotonic_ns()}'))
+    return RUNNERS[-1]
+
+
+RUNNERS = []
+
+
+@pytest.fixture(autouse=True)
+def end_of_processes():
+    """Data workers go with their run: those that the garbage collector finds wait 5 s each."""
+    yield
+    while RUNNERS:
+        iterator = getattr(RUNNERS.pop().train_dataloader, '_iterator', None)
+        if iterator is not None:
+            iterator._shutdown_workers()
 
 
 def final(work_dir):
