@@ -27,12 +27,14 @@ NUMBERS = {int, float}  # as JSON has them: True is none
 SAMPLE = 64  # images that are read before training begins, evenly spaced
 
 
-def check_data(dataset, strict: bool = True) -> None:
-    """Check annotations and images of what is trained on, on the main process for all of them.
+def check_data(dataset, strict: bool = True, trained: bool = True) -> None:
+    """Check annotations and images, on the main process for all of them.
 
     Args:
         dataset: one or several, in any wrapper.
-        strict: refuse what cannot be trained on; else warn of it.
+        strict: refuse what is wrong; else warn of it.
+        trained: it is trained on; of what is evaluated on the order of categories is all that is
+            checked.
 
     Raises:
         InputError: in every process.
@@ -41,8 +43,11 @@ def check_data(dataset, strict: bool = True) -> None:
     if is_main_process():
         try:
             for part in unwrapped(dataset):
-                check_annotations(part)
-                check_images(part)
+                if trained:
+                    check_annotations(part)
+                    check_images(part)
+                elif reads_coco(part):
+                    check_order(part, _read(part))
         except InputError as error:
             said = [str(error)]
     broadcast_object_list(said)
@@ -103,15 +108,40 @@ def reads_coco(dataset) -> bool:
         for name in ('load_data_list', 'parse_data_info'))
 
 
+def _read(dataset: CocoDataset) -> dict:
+    with get_local_path(dataset.ann_file, backend_args=dataset.backend_args) as path, \
+            open(path, 'rb') as file:
+        return json.load(file)
+
+
+def check_order(dataset: CocoDataset, content: dict) -> None:
+    """Refuse a file that numbers the classes of the config in another way, as MMDetection will.
+
+    Detections would have each other's names, and where files differ an mAP of 0.
+
+    Raises:
+        InputError: with the first class that differs. A class that is not there is not looked for.
+    """
+    classes = list(dataset.metainfo['classes'])
+    listed = [category['name'] for category in content['categories'] if category['name'] in classes]
+    if len(listed) == len(classes) and listed != classes:
+        i = next(i for i, name in enumerate(classes) if name != listed[i])
+        raise InputError(
+            f"{dataset.ann_file} lists {listed[i]} where the config's classes have {classes[i]}, "
+            'and MMDetection numbers them as each file does: put the categories of all files of '
+            "the data set, and the dataset's metainfo=dict(classes=...), in one order.")
+
+
 def find_faults(dataset: CocoDataset) -> Tuple[List[str], List[str]]:
     """What keeps the annotations of ``dataset`` from training, and what training leaves out.
 
     Returns:
         Two lists of phrases, such as '2 of 9 annotations have a box that ..., the first ...'.
+
+    Raises:
+        InputError: if its categories are in another order than the classes.
     """
-    with get_local_path(dataset.ann_file, backend_args=dataset.backend_args) as path, \
-            open(path, 'rb') as file:
-        content = json.load(file)
+    content = _read(dataset)
     faults: List[str] = []
     left_out: List[str] = []
     images, annotations = content['images'], content['annotations']
@@ -119,6 +149,7 @@ def find_faults(dataset: CocoDataset) -> Tuple[List[str], List[str]]:
     faults += _lacking('annotation', annotations, ANNOTATION_KEYS)
     if faults:
         return faults, left_out
+    check_order(dataset, content)
 
     def say(into: List[str], what: str, of: list, wrong, show=None) -> None:
         found = list(compress(of, wrong))

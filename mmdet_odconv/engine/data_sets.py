@@ -101,6 +101,16 @@ def read_split(path: Path) -> Split:
                          ) from error
 
 
+def check_categories(split: str, names: Iterable[str], train: Iterable[str]) -> None:
+    """Refuse a split whose categories, those that count, are not those of train in its order."""
+    names, train = list(names), list(train)
+    if names != train:
+        raise InputError(
+            f'The categories of {split} ({", ".join(names)}) are not those of train '
+            f'({", ".join(train)}) in their order: give all splits the same, since MMDetection '
+            'numbers them as each file does.')
+
+
 def use_data(config: Config, root: Path) -> Dict[str, int]:
     """Train and evaluate on a COCO-format directory, in place; number of images of each split.
 
@@ -108,7 +118,7 @@ def use_data(config: Config, root: Path) -> Dict[str, int]:
     split becomes the config's test data; without one, val is.
 
     Raises:
-        InputError: if the directory has no train or val split.
+        InputError: if the directory has no train or val split, or they differ in their categories.
     """
     splits, images = find_splits(root), {}
     for split, loader in (('train', 'train_dataloader'), ('val', 'val_dataloader'),
@@ -117,8 +127,10 @@ def use_data(config: Config, root: Path) -> Dict[str, int]:
         content = json.loads((root / annotations).read_text())
         if split in splits:
             images[split] = len(content['images'])
+        names = tuple(category['name'] for category in content['categories'])
         if split == 'train':
-            classes = tuple(category['name'] for category in content['categories'])
+            classes = names
+        check_categories(split, [name for name in names if name in classes], classes)
         config[loader] = copy.deepcopy(config[loader])  # val's may be the very same as test's
         dataset = config[loader]['dataset']
         while 'dataset' in dataset:

@@ -16,7 +16,14 @@ from ..checkpoints.swapping import SWAPS, locate_config
 from ..errors import InputError
 from ..names import CONFIGS, find_config
 from .data_check import check_images, find_faults, reads_coco, unwrapped
-from .data_sets import Split, convert_voc, find_splits, read_split, set_num_classes
+from .data_sets import (
+    Split,
+    check_categories,
+    convert_voc,
+    find_splits,
+    read_split,
+    set_num_classes,
+)
 
 FEW = 10  # boxes of a class, fewer than which hardly teach it
 LOADERS = dict(train='train_dataloader', val='val_dataloader', test='test_dataloader')
@@ -83,12 +90,10 @@ def _locate(base: str, out: Path) -> Tuple[Path, str]:
 def _classes(splits: Dict[str, Split]) -> Tuple[Tuple[str, ...], List[str]]:
     """Classes to learn, and what is to be said of them."""
     train = splits['train'].boxes
+    used = {name for split in splits.values() for name, boxes in split.boxes.items() if boxes}
+    classes = tuple(name for name in train if name in used)
     for split, found in splits.items():
-        if set(found.boxes) != set(train):
-            raise InputError(
-                f'The categories of {split} ({", ".join(found.boxes)}) are not those of train '
-                f'({", ".join(train)}): give all splits the same.')
-    classes = tuple(name for name in train if any(s.boxes[name] for s in splits.values()))
+        check_categories(split, [name for name in found.boxes if name in used], classes)
     warnings = []
 
     def say(names: List[str], what: str) -> None:

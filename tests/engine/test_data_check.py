@@ -30,7 +30,7 @@ def content():
         categories=[dict(id=1, name='cat')])
 
 
-def dataset(root, data, masks=True, **kwargs):
+def dataset(root, data, masks=True, classes=('cat',), **kwargs):
     (root / 'images').mkdir(exist_ok=True)
     for i in range(4):
         if not (root / f'images/{i}.png').exists():
@@ -38,7 +38,7 @@ def dataset(root, data, masks=True, **kwargs):
     (root / 'a.json').write_text(data if isinstance(data, str) else json.dumps(data))
     return CocoDataset(
         ann_file='a.json', data_root=str(root), data_prefix=dict(img='images/'),
-        metainfo=dict(classes=('cat', )), filter_cfg=dict(filter_empty_gt=True, min_size=16),
+        metainfo=dict(classes=classes), filter_cfg=dict(filter_empty_gt=True, min_size=16),
         pipeline=[dict(type='LoadImageFromFile'),
                   dict(type='mmdet.LoadAnnotations', with_bbox=True,
                        with_mask=masks)], **kwargs)
@@ -191,6 +191,15 @@ def test_an_image_of_another_size(tmp_path):
     data = content()
     data['images'][2].update(width=640, height=480)
     assert '2.png is 64 x 48 pixels, where' in answer(tmp_path, data)
+
+
+@pytest.mark.parametrize('trained', [True, False])
+def test_classes_in_another_order_than_the_file_has_them(tmp_path, trained):
+    data = content()
+    data['categories'] += [dict(id=2, name='cow'), dict(id=0, name='dog')]  # no cow is learnt
+    check_data(dataset(tmp_path, data, classes=('cat', 'dog')), trained=trained)
+    with pytest.raises(InputError, match=r"a\.json lists cat where the config's classes have dog"):
+        check_data(dataset(tmp_path, data, classes=('dog', 'cat')), trained=trained)
 
 
 def test_strict_can_be_relaxed(tmp_path, monkeypatch):

@@ -10,7 +10,9 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from mmdet_odconv import InputError
+from mmdet_odconv.engine.data_sets import use_data
 from mmdet_odconv.engine.new_config import new_config
+from mmdet_odconv.names import find_config
 
 NAMES = [f'kind-{i}' for i in range(10)]
 
@@ -162,6 +164,20 @@ def test_splits_that_disagree_or_share_images(mend, tmp_path):
     folder = mend('val', lambda content: content['categories'][0].update(name='other'))
     with pytest.raises(InputError, match='The categories of val .* are not those of train'):
         new_config(folder, digits.CONFIG, tmp_path / 'my2.py')
+
+
+def test_categories_in_another_order(mend, tmp_path):
+    """By which MMDetection numbers them: a perfect detector would have an mAP of 0."""
+    # A category without a box is left out, wherever it is.
+    folder = mend('val', lambda content: content['categories'].insert(
+        0, content['categories'].pop()))
+    new_config(folder, digits.CONFIG, tmp_path / 'my.py')
+    mend('val', lambda content: content['categories'].reverse())
+    message = 'The categories of val .* in their order: give all splits the same'
+    with pytest.raises(InputError, match=message):
+        new_config(folder, digits.CONFIG, tmp_path / 'my2.py')
+    with pytest.raises(InputError, match=message):
+        use_data(Config.fromfile(find_config(digits.CONFIG)), folder)
 
 
 def test_masks_that_are_not_there(mend, tmp_path):
