@@ -172,6 +172,7 @@ def find_faults(dataset: CocoDataset) -> Tuple[List[str], List[str]]:
     boxes = boxes.reshape(-1, 4)
     finite = np.isfinite(boxes).all(1)
     say(faults, 'have a box that is not four finite numbers', annotations, ~finite, 'bbox')
+    masks: List[Optional[str]] = []
     if _loads_masks(dataset):
         of_image = {image['id']: image for image in images}
         masks = [_fault_of_mask(annotation, of_image.get(annotation['image_id']))
@@ -211,6 +212,15 @@ def find_faults(dataset: CocoDataset) -> Tuple[List[str], List[str]]:
                         for annotation in annotations], bool)
     for wrong in reasons.values():
         usable &= ~wrong
+    if masks:
+        # Crowds need one too, and what is evaluated on all of those that training passes over.
+        needed = np.array([kind in learnt for kind in kinds]) & (where >= 0)
+        if not dataset.test_mode:
+            needed &= ~np.any([*reasons.values(), [bool(annotation.get('ignore'))
+                                                   for annotation in annotations]], axis=0)
+        say(faults, 'have no segmentation, which the config learns from, and one of boxes alone, '
+            'such as a Faster R-CNN, does not', annotations,
+            needed & [fault == 'missing' for fault in masks])
     if not usable.any():
         faults.append(f'none of its {len(annotations)} annotations, of {len(images)} images, is a '
                       f'box of {_few(classes)} to learn from'
@@ -270,9 +280,11 @@ def _loads_masks(dataset: CocoDataset) -> bool:
 
 
 def _fault_of_mask(annotation: dict, image: Optional[dict]) -> Optional[str]:
-    """'damaged', 'short' of points, or None for a segmentation that MMDetection can use."""
+    """'missing', 'damaged', 'short' of points, or None for what MMDetection can use."""
     mask = annotation.get('segmentation')
-    if not mask or image is None:
+    if not mask:
+        return 'missing'
+    if image is None:
         return None
     if isinstance(mask, list):
         points: list = [np.asarray(polygon) if isinstance(polygon, list) else None

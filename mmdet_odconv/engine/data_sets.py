@@ -48,7 +48,6 @@ class Split(NamedTuple):
     images: int
     empty: int
     boxes: Dict[str, int]
-    masks: int
     image_sizes: List[Tuple[float, float]]
     box_sizes: List[float]
 
@@ -80,18 +79,17 @@ def read_split(path: Path) -> Split:
         if len(boxes) < len(names):
             twice = next(n for n, c in collections.Counter(names.values()).items() if c > 1)
             raise InputError(f'{path} has two categories named {twice}: give each its own name.')
-        annotated, sizes, masks = set(), [], 0
+        annotated, sizes = set(), []
         for annotation in content['annotations']:
             name = names.get(annotation['category_id'])
             if name is None or annotation.get('iscrowd') or annotation.get('ignore'):
                 continue
             boxes[name] += 1
-            masks += bool(annotation.get('segmentation'))
             annotated.add(annotation['image_id'])
             width, height = annotation['bbox'][2:]
             sizes.append(max(0, width * height)**0.5)
         images = content['images']
-        return Split(len(images), len(images) - len(annotated), boxes, masks,
+        return Split(len(images), len(images) - len(annotated), boxes,
                      [(image['width'], image['height']) for image in images], sizes)
     except (OSError, LookupError, TypeError, ValueError) as error:
         if isinstance(error, InputError):

@@ -73,7 +73,7 @@ def new_config(data: Path, base: str, out: Path, weights: Optional[str] = None,
     with writing(out, force) as temporary:
         temporary.write_text(text)
         made = Config.fromfile(temporary)
-        warnings += _faults_of(made, folders, splits)
+        warnings += _faults_of(made, folders)
     return NewConfig(splits, classes, written, [
         *warnings, *_shared(data, folders), *said, *_length(made, splits['train'])])
 
@@ -220,7 +220,7 @@ def _source(value) -> str:
     return repr(value)
 
 
-def _faults_of(config: Config, folders, splits: Dict[str, Split]) -> List[str]:
+def _faults_of(config: Config, folders) -> List[str]:
     """What training leaves out of each split; InputError for what it cannot be done with."""
     init_default_scope(config.get('default_scope', 'mmdet'))
     warnings = []
@@ -235,10 +235,6 @@ def _faults_of(config: Config, folders, splits: Dict[str, Split]) -> List[str]:
                              'file, or take these out of it.')
         check_images(dataset)
         warnings += [f'{dataset.ann_file}: {what}' for what in left_out]
-        masks = any(getattr(step, 'with_mask', False) for step in dataset.pipeline.transforms)
-        if masks and not splits[split].masks:
-            raise InputError(f'{dataset.ann_file} has no segmentations, which the base learns '
-                             'from: give a base without masks, such as a Faster R-CNN.')
     return warnings
 
 

@@ -14,7 +14,7 @@ from mmengine.dataset import RepeatDataset, pseudo_collate
 from torch.utils.data import DataLoader
 
 from mmdet_odconv import InputError
-from mmdet_odconv.engine.data_check import SAMPLE, check_data, no_garbage_collection
+from mmdet_odconv.engine.data_check import SAMPLE, check_data, find_faults, no_garbage_collection
 from mmdet_odconv.engine.launch import explain
 
 TRIANGLE = [[8, 8, 40, 8, 8, 40]]
@@ -68,6 +68,13 @@ def without(kind, key):
     return lambda data: data[kind][1].pop(key)
 
 
+def no_mask(data, **values):
+    """One with an empty mask, one with none."""
+    data['annotations'][0].update(segmentation=[], **values)
+    data['annotations'][1].update(values)
+    del data['annotations'][1]['segmentation']
+
+
 FIRST = r'a\.json cannot be trained on: '
 MASK = FIRST + '1 of 4 annotations have a segmentation that is neither polygons nor the RLE'
 REFUSED = {
@@ -100,6 +107,9 @@ REFUSED = {
     'polygon of NaN': (annotations(1, segmentation=[[NAN] * 6]), MASK),
     'flat polygon': (annotations(1, segmentation=TRIANGLE[0]), MASK),
     'number': (annotations(1, segmentation=3), MASK),
+    'no mask': (no_mask, FIRST + '2 of 4 annotations have no segmentation, which the config learns '
+                r'from, and one of boxes alone, .* \(the first: 10\)'),
+    'crowds without masks': (lambda data: no_mask(data, iscrowd=1), '2 of 4 .* no segmentation'),
     'RLE of another size': (annotations(1, segmentation=dict(size=[9, 9], counts=[81])), MASK),
     'RLE too short': (annotations(1, segmentation=dict(size=[48, 64], counts=[81])), MASK),
     'RLE without counts': (annotations(1, segmentation=dict(size=[48, 64])), MASK),
@@ -200,6 +210,18 @@ def test_classes_in_another_order_than_the_file_has_them(tmp_path, trained):
     check_data(dataset(tmp_path, data, classes=('cat', 'dog')), trained=trained)
     with pytest.raises(InputError, match=r"a\.json lists cat where the config's classes have dog"):
         check_data(dataset(tmp_path, data, classes=('dog', 'cat')), trained=trained)
+
+
+def test_masks_that_nothing_asks_for(tmp_path):
+    for values in (dict(ignore=1), dict(category_id=2), dict(bbox=[70, 8, 9, 9])):
+        data = content()
+        no_mask(data, **values)
+        data['categories'].append(dict(id=2, name='dog'))
+        assert answer(tmp_path, data) is None, values
+        assert answer(tmp_path, data, masks=False) is None
+        # pycocotools takes those for polygons that MMDetection passes over.
+        faults, _ = find_faults(dataset(tmp_path, data, test_mode=True))
+        assert bool(faults) == ('category_id' not in values), values
 
 
 def test_strict_can_be_relaxed(tmp_path, monkeypatch):
