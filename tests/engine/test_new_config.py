@@ -1,5 +1,6 @@
 """A config for one's own data: renamed digits, in COCO's format and Pascal VOC's."""
 import json
+import os
 import shutil
 
 import digits
@@ -10,7 +11,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from mmdet_odconv import InputError
-from mmdet_odconv.engine.data_sets import use_data
+from mmdet_odconv.engine.data_sets import convert_voc, read_split, use_data
 from mmdet_odconv.engine.new_config import new_config
 from mmdet_odconv.names import find_config
 
@@ -131,10 +132,52 @@ def test_a_pascal_voc_folder(data, tmp_path):
     text = (tmp_path / 'again.py').read_text()  # the base has as many classes already
     assert "_base_ = 'my.py'" in text and 'num_classes' not in text
     assert Config.fromfile(tmp_path / 'again.py').model.roi_head.bbox_head.num_classes == 1
-    (root / 'Annotations/b.xml').write_text('<annotation>')
-    (root / 'annotations/voc_val.json').unlink()
-    with pytest.raises(InputError, match=r'b\.xml could not be read as a Pascal VOC annotation'):
-        new_config(root, digits.CONFIG, tmp_path / 'third.py')
+
+
+@pytest.fixture
+def voc(tmp_path):
+    """Annotations and lists, which convert_voc reads; it never looks into an image."""
+    for folder in ('JPEGImages', 'Annotations', 'ImageSets/Main'):
+        (tmp_path / folder).mkdir(parents=True)
+    for split, name in (('train', 'a cat 1'), ('val', 'b')):
+        (tmp_path / f'ImageSets/Main/{split}.txt').write_text(name)
+        (tmp_path / f'Annotations/{name}.xml').write_text(voc_annotation('cat'))
+    return tmp_path
+
+
+def voc_annotation(kind):
+    return ('<annotation><size><width>64</width><height>48</height></size><object>'
+            f'<name>{kind}</name><bndbox><xmin>1</xmin><ymin>11</ymin><xmax>20</xmax>'
+            '<ymax>40</ymax></bndbox></object></annotation>')
+
+
+def test_pascal_voc_annotations_that_changed_are_read_again(voc):
+    written = convert_voc(voc)
+    image, = json.loads(written[0].read_text())['images']
+    assert image['file_name'] == 'a cat 1.jpg'  # not a flag, as 'a cat 1.xml' is there
+    for path in written:  # later than anything else, however coarse the clock
+        os.utime(path, ns=(2**62, 2**62))
+    assert convert_voc(voc) == []
+    (voc / 'Annotations/b.xml').write_text(voc_annotation('dog'))
+    for changed in ('ImageSets/Main/val.txt', 'Annotations/b.xml'):
+        os.utime(voc / changed, ns=(2**62, 2**62))
+        assert convert_voc(voc) == written, changed
+        os.utime(voc / changed, (1, 1))
+    assert list(read_split(written[1]).boxes.items()) == [('cat', 0), ('dog', 1)]
+
+
+@pytest.mark.parametrize(('file', 'text', 'message'), [
+    ('Annotations/b.xml', '<annotation>', r'b\.xml could not be read as a Pascal VOC annotation'),
+    ('Annotations/b.xml', voc_annotation(''), r'b\.xml could not be read .*an object has no name'),
+    ('ImageSets/Main/val.txt', 'c 1', r'/c\.xml could not be read'),
+    ('ImageSets/Main/val.txt', None, r'Main/val\.txt does not exist, where a Pascal VOC folder'),
+])
+def test_pascal_voc_folders_that_are_refused(voc, tmp_path, file, text, message):
+    (voc / file).unlink()
+    if text is not None:
+        (voc / file).write_text(text)
+    with pytest.raises(InputError, match=message):
+        new_config(voc, digits.CONFIG, tmp_path / 'my.py')
 
 
 def test_what_is_refused_writes_nothing(mend, data, tmp_path):
