@@ -11,6 +11,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from mmdet_odconv import InputError
+from mmdet_odconv.checkpoints.swapping import dynamic_config
 from mmdet_odconv.engine.data_sets import convert_voc, read_split, use_data
 from mmdet_odconv.engine.new_config import new_config
 from mmdet_odconv.names import find_config
@@ -106,6 +107,36 @@ def test_every_head_gets_the_classes(data, tmp_path, base, heads):
     assert any(hook['type'] == 'InputCheckHook' for hook in config.custom_hooks)
 
 
+@pytest.mark.parametrize(('base', 'kind'), [
+    ('faster-rcnn_se-r50_fpn_1x_coco', 'Pretrained'),
+    ('faster-rcnn_dy-r50-k4_fpn_1x_coco', 'StaticPretrained'),
+    ('mmdet::regnet/faster-rcnn_regnetx-3.2GF_fpn_1x_coco', 'Pretrained'),
+])
+def test_weights_are_inflated_where_the_backbone_is_dynamic(data, tmp_path, base, kind):
+    new_config(data, base, tmp_path / 'my.py', 'torchvision://resnet50')
+    assert Config.fromfile(tmp_path / 'my.py').model.backbone.init_cfg.type == kind
+
+
+def test_evaluators_in_a_list_and_repeated_data(data, tmp_path):
+    base = 'mmdet::cityscapes/mask-rcnn_r50_fpn_1x_cityscapes'
+    made = new_config(data, base, tmp_path / 'my.py', 'none')
+    evaluator = Config.fromfile(tmp_path / 'my.py').val_evaluator
+    assert evaluator.type == 'CocoMetric' and evaluator.metric == ['bbox', 'segm']
+    train = made.splits['train']
+    iterations = 8 * 8 * (train.images - train.empty)
+    assert f'8 epochs are {iterations} iterations of 1 images' in '; '.join(made.warnings)
+
+
+def test_a_base_that_imports_one_module_by_its_name(data, tmp_path):
+    base = tmp_path / 'base.py'
+    base.write_text("_base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'\n"
+                    "custom_imports = dict(imports='colorsys')\n")
+    new_config(data, str(base), tmp_path / 'my.py')
+    swapped = dynamic_config(Config.fromfile(base), str(base), {}, None)
+    for config in (Config.fromfile(tmp_path / 'my.py'), Config.fromstring(swapped, '.py')):
+        assert config.custom_imports.imports == ['colorsys', 'mmdet_odconv']
+
+
 def test_a_pascal_voc_folder(data, tmp_path):
     from PIL import Image
     root = tmp_path / 'voc'
@@ -192,6 +223,14 @@ def test_what_is_refused_writes_nothing(mend, data, tmp_path):
     refused('did you mean faster-rcnn_od-r18', base='faster-rcnn_od-r18-k5_fpn_digits.py')
     refused('does not exist', weights='nosuch.pth')
     refused('has none of annotations/train.json', tmp_path)
+    (tmp_path / 'base.py').write_text('from mmdet.models import FasterRCNN\n'
+                                      'model = dict(type=FasterRCNN)\n')
+    refused('pure Python configs, from which', base=str(tmp_path / 'base.py'))
+    (tmp_path / 'base.py').write_text(f'_base_ = {str(find_config(digits.CONFIG))!r}\n'
+                                      'val_dataloader = val_evaluator = val_cfg = None\n')
+    refused('has no val_dataloader: give', base=str(tmp_path / 'base.py'))
+    with pytest.raises(InputError, match=r'my is no name of a config: .* such as .*my\.py'):
+        new_config(data, digits.CONFIG, tmp_path / 'my')
     folder = mend('train', lambda content: content['annotations'][0].update(bbox=[0, 0, 1]))
     refused('could not be read as COCO|four finite numbers', folder)
     folder = mend('train', lambda content: content.pop('categories'))
