@@ -206,6 +206,10 @@ def find_faults(dataset: CocoDataset) -> Tuple[List[str], List[str]]:
     shows = dict(zip(reasons, ('image_id', 'category_id', 'bbox', 'bbox', 'area')))
     for what, wrong in reasons.items():
         say(left_out, what, annotations, wrong, shows[what])
+    if dataset.test_mode:
+        say(left_out, 'have the id 0, which pycocotools takes for no match, so that its detection '
+            'counts as wrong: number them from 1', annotations,
+            [annotation['id'] == 0 for annotation in annotations])
     learnt = set(classes)
     usable = np.array([kind in learnt for kind in kinds], bool)
     usable &= np.array([not (annotation.get('ignore') or annotation.get('iscrowd'))

@@ -224,6 +224,15 @@ def test_masks_that_nothing_asks_for(tmp_path):
         assert bool(faults) == ('category_id' not in values), values
 
 
+def test_an_annotation_that_evaluation_takes_for_none(tmp_path):
+    data = content()
+    data['annotations'][2]['id'] = 0
+    for test_mode, count in ((True, 1), (False, 0)):  # for training any number will do
+        faults, said = find_faults(dataset(tmp_path, data, test_mode=test_mode))
+        assert faults == [] and len(said) == count
+        assert count == 0 or said[0].startswith('1 of 4 annotations have the id 0, which')
+
+
 def test_strict_can_be_relaxed(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr('mmdet_odconv.engine.data_check.print_log',
