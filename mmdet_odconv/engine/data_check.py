@@ -273,10 +273,10 @@ def _leaves(dataset: CocoDataset, name) -> bool:
         return True
     if '..' not in name and not os.path.isabs(name) or '://' in prefix:
         return False
-    path = os.path.normpath(os.path.join(prefix, name))
+    path = os.path.abspath(os.path.join(prefix, name))  # of either kind, as data_root may be
     folders = [folder for folder in (prefix, dataset.data_root) if folder]
     return bool(folders) and not any(
-        path.startswith(os.path.join(os.path.normpath(folder), '')) for folder in folders)
+        path.startswith(os.path.join(os.path.abspath(folder), '')) for folder in folders)
 
 
 def _loads_masks(dataset: CocoDataset) -> bool:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -231,6 +232,15 @@ def test_an_annotation_that_evaluation_takes_for_none(tmp_path):
         faults, said = find_faults(dataset(tmp_path, data, test_mode=test_mode))
         assert faults == [] and len(said) == count
         assert count == 0 or said[0].startswith('1 of 4 annotations have the id 0, which')
+
+
+def test_absolute_names_in_a_relative_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = content()
+    data['images'][0]['file_name'] = str(tmp_path / 'images/0.png')
+    assert answer(Path(), data) is None
+    data['images'][0]['file_name'] = str(tmp_path.parent / '0.png')
+    assert '1 of 4 images lie outside' in answer(Path(), data)
 
 
 def test_strict_can_be_relaxed(tmp_path, monkeypatch):
