@@ -232,13 +232,21 @@ def build_model(config: Config) -> nn.Module:
     return MODELS.build(model)
 
 
+def importing_plugin(config: Config) -> Dict[str, Any]:
+    """The config's ``custom_imports``, a name or a list in MMEngine, with the plugin in it."""
+    given = config.get('custom_imports') or dict(imports=[], allow_failed_imports=False)
+    names = given['imports']
+    names = [names] if isinstance(names, str) else list(names)
+    return given if 'mmdet_odconv' in names else dict(given, imports=[*names, 'mmdet_odconv'])
+
+
 def dynamic_config(config: Config, base: str, changes: dict, load_from: Optional[Path]) -> str:
     """Text of a config that says only how it differs from its static ``base``."""
-    imports = config.get('custom_imports') or dict(imports=[], allow_failed_imports=False)
+    imports = importing_plugin(config)
     hooks = [hook.to_dict() for hook in config.get('custom_hooks') or []]
     given: Dict[str, Any] = {}
-    if 'mmdet_odconv' not in imports['imports']:
-        given['custom_imports'] = dict(imports, imports=[*imports['imports'], 'mmdet_odconv'])
+    if imports != config.get('custom_imports'):
+        given['custom_imports'] = imports
     if not any(hook['type'] == 'InputCheckHook' for hook in hooks):
         given['custom_hooks'] = [*hooks, dict(type='InputCheckHook')]
     given['model'] = _replacing(changes, config.model)

@@ -27,12 +27,14 @@ NUMBERS = {int, float}  # as JSON has them: True is none
 SAMPLE = 64  # images that are read before training begins, evenly spaced
 
 
-def check_data(dataset, strict: bool = True) -> None:
-    """Check annotations and images of what is trained on, on the main process for all of them.
+def check_data(dataset, strict: bool = True, trained: bool = True) -> None:
+    """Check annotations and images, on the main process for all of them.
 
     Args:
         dataset: one or several, in any wrapper.
-        strict: refuse what cannot be trained on; else warn of it.
+        strict: refuse what is wrong; else warn of it.
+        trained: it is trained on; of what is evaluated on the order of categories is all that is
+            checked.
 
     Raises:
         InputError: in every process.
@@ -41,8 +43,11 @@ def check_data(dataset, strict: bool = True) -> None:
     if is_main_process():
         try:
             for part in unwrapped(dataset):
-                check_annotations(part)
-                check_images(part)
+                if trained:
+                    check_annotations(part)
+                    check_images(part)
+                elif reads_coco(part):
+                    check_order(part, _read(part))
         except InputError as error:
             said = [str(error)]
     broadcast_object_list(said)
@@ -103,15 +108,40 @@ def reads_coco(dataset) -> bool:
         for name in ('load_data_list', 'parse_data_info'))
 
 
+def _read(dataset: CocoDataset) -> dict:
+    with get_local_path(dataset.ann_file, backend_args=dataset.backend_args) as path, \
+            open(path, 'rb') as file:
+        return json.load(file)
+
+
+def check_order(dataset: CocoDataset, content: dict) -> None:
+    """Refuse a file that numbers the classes of the config in another way, as MMDetection will.
+
+    Detections would have each other's names, and where files differ an mAP of 0.
+
+    Raises:
+        InputError: with the first class that differs. A class that is not there is not looked for.
+    """
+    classes = list(dataset.metainfo['classes'])
+    listed = [category['name'] for category in content['categories'] if category['name'] in classes]
+    if len(listed) == len(classes) and listed != classes:
+        i = next(i for i, name in enumerate(classes) if name != listed[i])
+        raise InputError(
+            f"{dataset.ann_file} lists {listed[i]} where the config's classes have {classes[i]}, "
+            'and MMDetection numbers them as each file does: put the categories of all files of '
+            "the data set, and the dataset's metainfo=dict(classes=...), in one order.")
+
+
 def find_faults(dataset: CocoDataset) -> Tuple[List[str], List[str]]:
     """What keeps the annotations of ``dataset`` from training, and what training leaves out.
 
     Returns:
         Two lists of phrases, such as '2 of 9 annotations have a box that ..., the first ...'.
+
+    Raises:
+        InputError: if its categories are in another order than the classes.
     """
-    with get_local_path(dataset.ann_file, backend_args=dataset.backend_args) as path, \
-            open(path, 'rb') as file:
-        content = json.load(file)
+    content = _read(dataset)
     faults: List[str] = []
     left_out: List[str] = []
     images, annotations = content['images'], content['annotations']
@@ -119,6 +149,7 @@ def find_faults(dataset: CocoDataset) -> Tuple[List[str], List[str]]:
     faults += _lacking('annotation', annotations, ANNOTATION_KEYS)
     if faults:
         return faults, left_out
+    check_order(dataset, content)
 
     def say(into: List[str], what: str, of: list, wrong, show=None) -> None:
         found = list(compress(of, wrong))
@@ -141,6 +172,7 @@ def find_faults(dataset: CocoDataset) -> Tuple[List[str], List[str]]:
     boxes = boxes.reshape(-1, 4)
     finite = np.isfinite(boxes).all(1)
     say(faults, 'have a box that is not four finite numbers', annotations, ~finite, 'bbox')
+    masks: List[Optional[str]] = []
     if _loads_masks(dataset):
         of_image = {image['id']: image for image in images}
         masks = [_fault_of_mask(annotation, of_image.get(annotation['image_id']))
@@ -174,12 +206,25 @@ def find_faults(dataset: CocoDataset) -> Tuple[List[str], List[str]]:
     shows = dict(zip(reasons, ('image_id', 'category_id', 'bbox', 'bbox', 'area')))
     for what, wrong in reasons.items():
         say(left_out, what, annotations, wrong, shows[what])
+    if dataset.test_mode:
+        say(left_out, 'have the id 0, which pycocotools takes for no match, so that its detection '
+            'counts as wrong: number them from 1', annotations,
+            [annotation['id'] == 0 for annotation in annotations])
     learnt = set(classes)
     usable = np.array([kind in learnt for kind in kinds], bool)
     usable &= np.array([not (annotation.get('ignore') or annotation.get('iscrowd'))
                         for annotation in annotations], bool)
     for wrong in reasons.values():
         usable &= ~wrong
+    if masks:
+        # Crowds need one too, and what is evaluated on all of those that training passes over.
+        needed = np.array([kind in learnt for kind in kinds]) & (where >= 0)
+        if not dataset.test_mode:
+            needed &= ~np.any([*reasons.values(), [bool(annotation.get('ignore'))
+                                                   for annotation in annotations]], axis=0)
+        say(faults, 'have no segmentation, which the config learns from, and one of boxes alone, '
+            'such as a Faster R-CNN, does not', annotations,
+            needed & [fault == 'missing' for fault in masks])
     if not usable.any():
         faults.append(f'none of its {len(annotations)} annotations, of {len(images)} images, is a '
                       f'box of {_few(classes)} to learn from'
@@ -228,10 +273,10 @@ def _leaves(dataset: CocoDataset, name) -> bool:
         return True
     if '..' not in name and not os.path.isabs(name) or '://' in prefix:
         return False
-    path = os.path.normpath(os.path.join(prefix, name))
+    path = os.path.abspath(os.path.join(prefix, name))  # of either kind, as data_root may be
     folders = [folder for folder in (prefix, dataset.data_root) if folder]
     return bool(folders) and not any(
-        path.startswith(os.path.join(os.path.normpath(folder), '')) for folder in folders)
+        path.startswith(os.path.join(os.path.abspath(folder), '')) for folder in folders)
 
 
 def _loads_masks(dataset: CocoDataset) -> bool:
@@ -239,9 +284,11 @@ def _loads_masks(dataset: CocoDataset) -> bool:
 
 
 def _fault_of_mask(annotation: dict, image: Optional[dict]) -> Optional[str]:
-    """'damaged', 'short' of points, or None for a segmentation that MMDetection can use."""
+    """'missing', 'damaged', 'short' of points, or None for what MMDetection can use."""
     mask = annotation.get('segmentation')
-    if not mask or image is None:
+    if not mask:
+        return 'missing'
+    if image is None:
         return None
     if isinstance(mask, list):
         points: list = [np.asarray(polygon) if isinstance(polygon, list) else None

@@ -20,6 +20,7 @@ LAYOUTS = (
     ('{}/_annotations.coco.json', '{}/'),
     ('annotations/voc_{}.json', 'JPEGImages/'),
 )
+VOC_LISTS = 'ImageSets/Main'
 SPLITS = dict(train=('train',), val=('val', 'valid'), test=('test',))
 
 
@@ -35,11 +36,16 @@ def find_splits(root: Path) -> Dict[str, Tuple[str, str]]:
             if split not in found and (root / annotations).is_file():
                 found[split] = annotations, images
     for split in ('train', 'val'):
-        if split not in found:
-            expected = ', '.join(annotations.format(split) for annotations, _ in LAYOUTS)
-            raise InputError(
-                f'{root} has none of {expected}: give a directory in COCO format, or write the '
-                f'digits there, python tools/dataset_converters/digits.py {root}')
+        if split in found:
+            continue
+        listed = root / VOC_LISTS / f'{split}.txt'
+        if listed.parent.is_dir() and not listed.is_file():
+            raise InputError(f'{listed} does not exist, where a Pascal VOC folder lists the images '
+                             f'of {split}: write it, one name a line.')
+        expected = ', '.join(annotations.format(split) for annotations, _ in LAYOUTS)
+        digits = '' if root.is_dir() and any(root.iterdir()) else (
+            f', or write the digits there, python tools/dataset_converters/digits.py {root}')
+        raise InputError(f'{root} has none of {expected}: give a directory in COCO format{digits}')
     return found
 
 
@@ -48,7 +54,6 @@ class Split(NamedTuple):
     images: int
     empty: int
     boxes: Dict[str, int]
-    masks: int
     image_sizes: List[Tuple[float, float]]
     box_sizes: List[float]
 
@@ -80,18 +85,17 @@ def read_split(path: Path) -> Split:
         if len(boxes) < len(names):
             twice = next(n for n, c in collections.Counter(names.values()).items() if c > 1)
             raise InputError(f'{path} has two categories named {twice}: give each its own name.')
-        annotated, sizes, masks = set(), [], 0
+        annotated, sizes = set(), []
         for annotation in content['annotations']:
             name = names.get(annotation['category_id'])
             if name is None or annotation.get('iscrowd') or annotation.get('ignore'):
                 continue
             boxes[name] += 1
-            masks += bool(annotation.get('segmentation'))
             annotated.add(annotation['image_id'])
             width, height = annotation['bbox'][2:]
             sizes.append(max(0, width * height)**0.5)
         images = content['images']
-        return Split(len(images), len(images) - len(annotated), boxes, masks,
+        return Split(len(images), len(images) - len(annotated), boxes,
                      [(image['width'], image['height']) for image in images], sizes)
     except (OSError, LookupError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
@@ -101,6 +105,16 @@ def read_split(path: Path) -> Split:
                          ) from error
 
 
+def check_categories(split: str, names: Iterable[str], train: Iterable[str]) -> None:
+    """Refuse a split whose categories, those that count, are not those of train in its order."""
+    names, train = list(names), list(train)
+    if names != train:
+        raise InputError(
+            f'The categories of {split} ({", ".join(names)}) are not those of train '
+            f'({", ".join(train)}) in their order: give all splits the same, since MMDetection '
+            'numbers them as each file does.')
+
+
 def use_data(config: Config, root: Path) -> Dict[str, int]:
     """Train and evaluate on a COCO-format directory, in place; number of images of each split.
 
@@ -108,7 +122,7 @@ def use_data(config: Config, root: Path) -> Dict[str, int]:
     split becomes the config's test data; without one, val is.
 
     Raises:
-        InputError: if the directory has no train or val split.
+        InputError: if the directory has no train or val split, or they differ in their categories.
     """
     splits, images = find_splits(root), {}
     for split, loader in (('train', 'train_dataloader'), ('val', 'val_dataloader'),
@@ -117,8 +131,10 @@ def use_data(config: Config, root: Path) -> Dict[str, int]:
         content = json.loads((root / annotations).read_text())
         if split in splits:
             images[split] = len(content['images'])
+        names = tuple(category['name'] for category in content['categories'])
         if split == 'train':
-            classes = tuple(category['name'] for category in content['categories'])
+            classes = names
+        check_categories(split, [name for name in names if name in classes], classes)
         config[loader] = copy.deepcopy(config[loader])  # val's may be the very same as test's
         dataset = config[loader]['dataset']
         while 'dataset' in dataset:
@@ -151,24 +167,28 @@ def set_num_classes(part, num_classes: int) -> int:
 def convert_voc(root: Path) -> List[Path]:
     """Write COCO annotations of a Pascal VOC folder to ``root``/annotations/voc_SPLIT.json.
 
+    They are written again where a list or an annotation changed since.
+
     Its splits are ImageSets/Main/{train,val,test}.txt. What VOC calls difficult becomes COCO's
     crowd: neither trained on nor counted as missed. Corners, which VOC counts from 1, include
     their pixels. Segmentations are left behind.
 
     Returns:
-        The files written; none if ``root`` is no VOC folder, or is converted already.
+        The files written; none if ``root`` is no VOC folder, or none of it changed.
 
     Raises:
         InputError: that names an annotation that cannot be read.
     """
-    lists = [root / f'ImageSets/Main/{split}.txt' for split in SPLITS]
+    lists = [root / VOC_LISTS / f'{split}.txt' for split in SPLITS]
     lists = [path for path in lists if path.is_file()]
     outs = [root / f'annotations/voc_{path.stem}.json' for path in lists]
-    if all(out.is_file() for out in outs):
+    annotations = [[_voc_annotation(root, line.strip())
+                    for line in path.read_text().splitlines() if line.strip()] for path in lists]
+    changed = max((path.stat().st_mtime_ns for paths in [lists, *annotations] for path in paths
+                   if path.is_file()), default=0)
+    if all(out.is_file() and out.stat().st_mtime_ns > changed for out in outs):
         return []
-    parsed = [_read_voc(root, [line.split()[0] for line in path.read_text().splitlines()
-                          if line.strip()])
-              for path in lists]
+    parsed = [_read_voc(root, paths) for paths in annotations]
     # One numbering of classes for all splits.
     names = sorted({name for images in parsed for *_, objects in images for name, *_ in objects})
     for out, images in zip(outs, parsed):
@@ -178,11 +198,16 @@ def convert_voc(root: Path) -> List[Path]:
     return outs
 
 
-def _read_voc(root: Path, ids: Iterable[str]) -> list:
+def _voc_annotation(root: Path, line: str) -> Path:
+    """What a line of a list names: an image, whose name may have spaces, and perhaps a flag."""
+    path = root / f'Annotations/{line}.xml'
+    return path if path.is_file() else root / f'Annotations/{line.rsplit(maxsplit=1)[0]}.xml'
+
+
+def _read_voc(root: Path, paths: Iterable[Path]) -> list:
     """(file name, width, height, objects) of each image; an object is (name, box, difficult)."""
     images = []
-    for identity in ids:
-        path = root / f'Annotations/{identity}.xml'
+    for path in paths:
         try:
             tree = ElementTree.parse(path).getroot()
             objects = []
@@ -191,11 +216,15 @@ def _read_voc(root: Path, ids: Iterable[str]) -> list:
                     float(found.findtext(f'bndbox/{corner}'))  # type: ignore[arg-type]  # caught
                     for corner in ('xmin', 'ymin', 'xmax', 'ymax'))
                 left, top = max(left - 1, 0), max(top - 1, 0)
-                objects.append((found.findtext('name'), [left, top, right - left, bottom - top],
+                kind = found.findtext('name')
+                if not kind:
+                    raise ValueError('an object has no name')
+                objects.append((kind, [left, top, right - left, bottom - top],
                                 int(found.findtext('difficult') or 0)))
             name = Path(tree.findtext('filename') or '').name
             if not name or not (root / 'JPEGImages' / name).is_file():
-                name = f'{identity}.jpg'  # copies of a data set often keep another's names
+                # Copies of a data set often keep another's names.
+                name = path.relative_to(root / 'Annotations').with_suffix('.jpg').as_posix()
             width, height = (int(tree.findtext(f'size/{side}'))  # type: ignore[arg-type]  # caught
                              for side in ('width', 'height'))
         except (OSError, ElementTree.ParseError, TypeError, ValueError) as error:

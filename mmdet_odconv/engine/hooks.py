@@ -132,13 +132,13 @@ class WarehouseWarmUpHook(AnnealingHook):
 class InputCheckHook(Hook):
     """Refuses what MMEngine would only log, or fail on much later.
 
-    A dataset whose annotations lack classes that the config names, or cannot be trained on; a
-    head whose num_classes is not their number (unless the dataset is panoptic, where some heads
-    know things alone, or the classes are named by text); a checkpoint with NaNs, of which nothing
-    fits, or, when testing or resuming, one of another architecture.
+    A dataset whose annotations lack classes that the config names, have them in another order, or
+    cannot be trained on; a head whose num_classes is not their number (unless the dataset is
+    panoptic, where some heads know things alone, or the classes are named by text); a checkpoint
+    with NaNs, of which nothing fits, or, when testing or resuming, one of another architecture.
 
     Args:
-        strict: refuse annotations and images that cannot be trained on; else warn of them.
+        strict: refuse annotations and images that cannot be used as they are; else warn of them.
 
     Raises:
         InputError: with the values found and expected.
@@ -150,13 +150,19 @@ class InputCheckHook(Hook):
     def before_train(self, runner: Runner) -> None:
         self._check_classes(runner, runner.train_dataloader.dataset)
         check_data(runner.train_dataloader.dataset, self.strict)
+        if runner.val_loop is not None:  # rather than after the first epoch
+            self._check_evaluated(runner, runner.val_dataloader.dataset)
         _check_decay(runner)
 
     def before_val(self, runner: Runner) -> None:
         self._check_classes(runner, runner.val_dataloader.dataset)
 
     def before_test(self, runner: Runner) -> None:
-        self._check_classes(runner, runner.test_dataloader.dataset)
+        self._check_evaluated(runner, runner.test_dataloader.dataset)
+
+    def _check_evaluated(self, runner: Runner, dataset) -> None:
+        self._check_classes(runner, dataset)
+        check_data(dataset, self.strict, trained=False)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         state = checkpoint.get('state_dict', checkpoint)

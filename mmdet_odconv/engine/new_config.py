@@ -10,13 +10,22 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 
+from ..backbones.dynamic import DynamicBackbone
 from ..checkpoints import read_weights
 from ..checkpoints.files import refuse_existing, writing
-from ..checkpoints.swapping import SWAPS, locate_config
+from ..checkpoints.swapping import importing_plugin, locate_config
 from ..errors import InputError
+from ..layers import DynamicConv2d
 from ..names import CONFIGS, find_config
 from .data_check import check_images, find_faults, reads_coco, unwrapped
-from .data_sets import Split, convert_voc, find_splits, read_split, set_num_classes
+from .data_sets import (
+    Split,
+    check_categories,
+    convert_voc,
+    find_splits,
+    read_split,
+    set_num_classes,
+)
 
 FEW = 10  # boxes of a class, fewer than which hardly teach it
 LOADERS = dict(train='train_dataloader', val='val_dataloader', test='test_dataloader')
@@ -50,12 +59,14 @@ def new_config(data: Path, base: str, out: Path, weights: Optional[str] = None,
         InputError: for data that cannot be trained on, a base that this is not possible with, or
             weights that cannot be read.
     """
+    if out.suffix != '.py':
+        raise InputError(f'{out} is no name of a config: give one in .py, such as {out}.py.')
     refuse_existing(out, force)
     if not data.is_dir():
         raise InputError(f'{data} is no directory: give the folder of a data set in COCO or '
                          "Pascal VOC format, with its images and their annotations.")
     path, name = _locate(base, out)
-    config = Config.fromfile(path)
+    config = _read(path, base)
     written = convert_voc(data)
     folders = find_splits(data)
     splits = {split: read_split(data / annotations)
@@ -66,7 +77,7 @@ def new_config(data: Path, base: str, out: Path, weights: Optional[str] = None,
     with writing(out, force) as temporary:
         temporary.write_text(text)
         made = Config.fromfile(temporary)
-        warnings += _faults_of(made, folders, splits)
+        warnings += _faults_of(made, folders)
     return NewConfig(splits, classes, written, [
         *warnings, *_shared(data, folders), *said, *_length(made, splits['train'])])
 
@@ -80,15 +91,26 @@ def _locate(base: str, out: Path) -> Tuple[Path, str]:
     return path, name if '::' in name else os.path.relpath(name, out.resolve().parent)
 
 
+def _read(path: Path, base: str) -> Config:
+    """The base, if it is one that trains and evaluates a detector, and can be inherited from."""
+    if Config._is_lazy_import(str(path)):
+        raise InputError(f"{base} is one of MMEngine's pure Python configs, from which a text "
+                         'config cannot inherit: give a text config.')
+    config = Config.fromfile(path)
+    for key in ('model', *LOADERS.values(), 'val_evaluator', 'test_evaluator'):
+        if not config.get(key):
+            raise InputError(f'{base} has no {key}: give the config of a detector that is trained, '
+                             'validated and tested.')
+    return config
+
+
 def _classes(splits: Dict[str, Split]) -> Tuple[Tuple[str, ...], List[str]]:
     """Classes to learn, and what is to be said of them."""
     train = splits['train'].boxes
+    used = {name for split in splits.values() for name, boxes in split.boxes.items() if boxes}
+    classes = tuple(name for name in train if name in used)
     for split, found in splits.items():
-        if set(found.boxes) != set(train):
-            raise InputError(
-                f'The categories of {split} ({", ".join(found.boxes)}) are not those of train '
-                f'({", ".join(train)}): give all splits the same.')
-    classes = tuple(name for name in train if any(s.boxes[name] for s in splits.values()))
+        check_categories(split, [name for name in found.boxes if name in used], classes)
     warnings = []
 
     def say(names: List[str], what: str) -> None:
@@ -117,11 +139,14 @@ def _start(config: Config, weights: Optional[str]) -> Tuple[Dict[str, Any], List
                   if key in backbone}
         return dict(backbone=dict(init_cfg=None, **frozen)), []
     if '://' in weights and not weights.startswith(('http://', 'https://')):
-        kind = 'Pretrained' if backbone.get('type') in SWAPS else 'StaticPretrained'
-        start = dict(init_cfg=_in_place(backbone, dict(type=kind, checkpoint=weights)))
+        cls = MODELS.get(backbone.get('type', ''))
+        conv_cfg = {**getattr(cls, 'dynamic_conv_cfg', {}), **(backbone.get('conv_cfg') or {})}
+        parts = cls, MODELS.get(conv_cfg.get('type', ''))
+        is_dynamic = any(isinstance(part, type) and issubclass(
+            part, (DynamicBackbone, DynamicConv2d)) for part in parts)
+        start = dict(init_cfg=_in_place(backbone, dict(
+            type='StaticPretrained' if is_dynamic else 'Pretrained', checkpoint=weights)))
         # Gates that begin at 1 leave a static kernel, and what an optimizer does to it, as it is.
-        conv_cfg = {**getattr(MODELS.get(backbone.get('type', '')), 'dynamic_conv_cfg', {}),
-                    **(backbone.get('conv_cfg') or {})}
         if conv_cfg.get('type') == 'ODConv2d' and 'gate_scale' not in conv_cfg:
             start['conv_cfg'] = dict(gate_scale=2)
         return dict(backbone=start), []
@@ -171,10 +196,12 @@ def _text(config: Config, base: str, data: Path, folders: Dict[str, Tuple[str, s
             dataset = f'dataset=dict({dataset})'
         lines.append(f'{loader} = dict({dataset})')
     for split in ('val', 'test'):
-        kind = config[f'{split}_evaluator'].get('type')
+        given = config[f'{split}_evaluator']
         annotations, _ = folders.get(split, folders['val'])
-        metric = '' if kind in ('CocoMetric', 'mmdet.CocoMetric') else (
-            "_delete_=True, type='CocoMetric', metric='bbox', ")
+        coco = next((one for one in (given if isinstance(given, list) else [given])
+                     if one['type'] in ('CocoMetric', 'mmdet.CocoMetric')), {})
+        metric = '' if given is coco else (
+            f"_delete_=True, type='CocoMetric', metric={coco.get('metric', 'bbox')!r}, ")
         lines.append(f'{split}_evaluator = dict({metric}ann_file=data_root + {annotations!r})')
     if 'base_batch_size' in (config.get('auto_scale_lr') or {}):
         lines += ['', '# The base\'s learning rate is for '
@@ -183,10 +210,8 @@ def _text(config: Config, base: str, data: Path, folders: Dict[str, Tuple[str, s
     lines += [f'{key} = {value!r}' for key, value in start.items()]
     hooks = config.get('custom_hooks') or []
     if not any(hook['type'] == 'InputCheckHook' for hook in hooks):
-        imports = config.get('custom_imports') or dict(imports=[], allow_failed_imports=False)
-        imports = dict(imports, imports=[*imports['imports'], 'mmdet_odconv'])
         before = '*_base_.custom_hooks, ' if hooks else ''
-        lines += ['', f'custom_imports = {_source(imports)}',
+        lines += ['', f'custom_imports = {_source(importing_plugin(config))}',
                   f"custom_hooks = [{before}dict(type='InputCheckHook')]"]
     return '\n'.join(lines) + '\n'
 
@@ -215,7 +240,7 @@ def _source(value) -> str:
     return repr(value)
 
 
-def _faults_of(config: Config, folders, splits: Dict[str, Split]) -> List[str]:
+def _faults_of(config: Config, folders) -> List[str]:
     """What training leaves out of each split; InputError for what it cannot be done with."""
     init_default_scope(config.get('default_scope', 'mmdet'))
     warnings = []
@@ -230,10 +255,6 @@ def _faults_of(config: Config, folders, splits: Dict[str, Split]) -> List[str]:
                              'file, or take these out of it.')
         check_images(dataset)
         warnings += [f'{dataset.ann_file}: {what}' for what in left_out]
-        masks = any(getattr(step, 'with_mask', False) for step in dataset.pipeline.transforms)
-        if masks and not splits[split].masks:
-            raise InputError(f'{dataset.ann_file} has no segmentations, which the base learns '
-                             'from: give a base without masks, such as a Faster R-CNN.')
     return warnings
 
 
@@ -259,7 +280,10 @@ def _length(config: Config, train: Split) -> List[str]:
     epochs, batch = config.train_cfg.get('max_epochs'), config.train_dataloader.get('batch_size')
     if not epochs or not batch:
         return []
-    iterations = epochs * -(-(train.images - train.empty) // batch)
+    images, dataset = train.images - train.empty, config.train_dataloader.dataset
+    while 'dataset' in dataset:
+        images, dataset = images * dataset.get('times', 1), dataset['dataset']
+    iterations = epochs * -(-images // batch)
     warm_up = max((step.get('end', 0) for step in config.get('param_scheduler') or []
                    if step.get('type') == 'LinearLR' and not step.get('by_epoch', True)),
                   default=0)

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from mmengine.dataset import RepeatDataset, pseudo_collate
 from torch.utils.data import DataLoader
 
 from mmdet_odconv import InputError
-from mmdet_odconv.engine.data_check import SAMPLE, check_data, no_garbage_collection
+from mmdet_odconv.engine.data_check import SAMPLE, check_data, find_faults, no_garbage_collection
 from mmdet_odconv.engine.launch import explain
 
 TRIANGLE = [[8, 8, 40, 8, 8, 40]]
@@ -30,7 +31,7 @@ def content():
         categories=[dict(id=1, name='cat')])
 
 
-def dataset(root, data, masks=True, **kwargs):
+def dataset(root, data, masks=True, classes=('cat',), **kwargs):
     (root / 'images').mkdir(exist_ok=True)
     for i in range(4):
         if not (root / f'images/{i}.png').exists():
@@ -38,7 +39,7 @@ def dataset(root, data, masks=True, **kwargs):
     (root / 'a.json').write_text(data if isinstance(data, str) else json.dumps(data))
     return CocoDataset(
         ann_file='a.json', data_root=str(root), data_prefix=dict(img='images/'),
-        metainfo=dict(classes=('cat', )), filter_cfg=dict(filter_empty_gt=True, min_size=16),
+        metainfo=dict(classes=classes), filter_cfg=dict(filter_empty_gt=True, min_size=16),
         pipeline=[dict(type='LoadImageFromFile'),
                   dict(type='mmdet.LoadAnnotations', with_bbox=True,
                        with_mask=masks)], **kwargs)
@@ -66,6 +67,13 @@ def images(index, **values):
 
 def without(kind, key):
     return lambda data: data[kind][1].pop(key)
+
+
+def no_mask(data, **values):
+    """One with an empty mask, one with none."""
+    data['annotations'][0].update(segmentation=[], **values)
+    data['annotations'][1].update(values)
+    del data['annotations'][1]['segmentation']
 
 
 FIRST = r'a\.json cannot be trained on: '
@@ -100,6 +108,9 @@ REFUSED = {
     'polygon of NaN': (annotations(1, segmentation=[[NAN] * 6]), MASK),
     'flat polygon': (annotations(1, segmentation=TRIANGLE[0]), MASK),
     'number': (annotations(1, segmentation=3), MASK),
+    'no mask': (no_mask, FIRST + '2 of 4 annotations have no segmentation, which the config learns '
+                r'from, and one of boxes alone, .* \(the first: 10\)'),
+    'crowds without masks': (lambda data: no_mask(data, iscrowd=1), '2 of 4 .* no segmentation'),
     'RLE of another size': (annotations(1, segmentation=dict(size=[9, 9], counts=[81])), MASK),
     'RLE too short': (annotations(1, segmentation=dict(size=[48, 64], counts=[81])), MASK),
     'RLE without counts': (annotations(1, segmentation=dict(size=[48, 64])), MASK),
@@ -191,6 +202,45 @@ def test_an_image_of_another_size(tmp_path):
     data = content()
     data['images'][2].update(width=640, height=480)
     assert '2.png is 64 x 48 pixels, where' in answer(tmp_path, data)
+
+
+@pytest.mark.parametrize('trained', [True, False])
+def test_classes_in_another_order_than_the_file_has_them(tmp_path, trained):
+    data = content()
+    data['categories'] += [dict(id=2, name='cow'), dict(id=0, name='dog')]  # no cow is learnt
+    check_data(dataset(tmp_path, data, classes=('cat', 'dog')), trained=trained)
+    with pytest.raises(InputError, match=r"a\.json lists cat where the config's classes have dog"):
+        check_data(dataset(tmp_path, data, classes=('dog', 'cat')), trained=trained)
+
+
+def test_masks_that_nothing_asks_for(tmp_path):
+    for values in (dict(ignore=1), dict(category_id=2), dict(bbox=[70, 8, 9, 9])):
+        data = content()
+        no_mask(data, **values)
+        data['categories'].append(dict(id=2, name='dog'))
+        assert answer(tmp_path, data) is None, values
+        assert answer(tmp_path, data, masks=False) is None
+        # pycocotools takes those for polygons that MMDetection passes over.
+        faults, _ = find_faults(dataset(tmp_path, data, test_mode=True))
+        assert bool(faults) == ('category_id' not in values), values
+
+
+def test_an_annotation_that_evaluation_takes_for_none(tmp_path):
+    data = content()
+    data['annotations'][2]['id'] = 0
+    for test_mode, count in ((True, 1), (False, 0)):  # for training any number will do
+        faults, said = find_faults(dataset(tmp_path, data, test_mode=test_mode))
+        assert faults == [] and len(said) == count
+        assert count == 0 or said[0].startswith('1 of 4 annotations have the id 0, which')
+
+
+def test_absolute_names_in_a_relative_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = content()
+    data['images'][0]['file_name'] = str(tmp_path / 'images/0.png')
+    assert answer(Path(), data) is None
+    data['images'][0]['file_name'] = str(tmp_path.parent / '0.png')
+    assert '1 of 4 images lie outside' in answer(Path(), data)
 
 
 def test_strict_can_be_relaxed(tmp_path, monkeypatch):

@@ -1,3 +1,4 @@
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -133,7 +134,7 @@ def check(dataset, num_classes=3):
     head = nn.Module()
     head.num_classes = num_classes
     InputCheckHook().before_train(SimpleNamespace(
-        model=nn.ModuleDict(dict(bbox_head=head)), train_dataloader=SimpleNamespace(
+        model=nn.ModuleDict(dict(bbox_head=head)), val_loop=None, train_dataloader=SimpleNamespace(
             dataset=dataset)))
 
 
@@ -161,10 +162,31 @@ def test_datasets_are_checked_in_any_wrapper(wrap):
 def test_a_classifiers_head_is_checked():
     head = nn.Module()
     head.num_classes = 10
-    runner = SimpleNamespace(model=nn.ModuleDict(dict(head=head)),
+    runner = SimpleNamespace(model=nn.ModuleDict(dict(head=head)), val_loop=None,
                              train_dataloader=SimpleNamespace(dataset=Fake()))
     with pytest.raises(InputError, match=r'^head has num_classes=10 but a\.json has 3 classes'):
         InputCheckHook().before_train(runner)
+
+
+def test_what_is_evaluated_on_is_checked_as_training_begins(tmp_path):
+    """Not after the first epoch; only its classes, since it may have no annotations."""
+    path = tmp_path / 'val.json'
+    path.write_text(json.dumps(dict(images=[], categories=[
+        dict(id=i, name=name) for i, name in enumerate(('dog', 'cat', 'cow'))])))
+
+    def begin(classes):
+        val = CocoDataset(ann_file=str(path), metainfo=dict(classes=classes), test_mode=True,
+                          serialize_data=False)
+        runner = SimpleNamespace(
+            model=nn.ModuleDict(), train_dataloader=SimpleNamespace(dataset=Fake()),
+            val_loop=object(), val_dataloader=SimpleNamespace(dataset=val), cfg={})
+        InputCheckHook().before_train(runner)
+
+    begin(('dog', 'cat', 'cow'))
+    with pytest.raises(InputError, match=r"val\.json lists dog where the config's .* have cat"):
+        begin(CLASSES)
+    with pytest.raises(InputError, match=r'val\.json has 0 of the 1 classes'):
+        begin(('horse',))
 
 
 def test_concatenated_datasets_of_different_classes_need_the_most():
@@ -190,7 +212,8 @@ def test_decay_that_does_not_reach_depthwise_dynamic_layers_is_said(monkeypatch)
     for groups, count in ((1, 0), (4, 1)):
         model = nn.ModuleDict(dict(conv=ODConv2d(4, 4, 3, groups=groups)))
         InputCheckHook().before_train(SimpleNamespace(
-            model=model, cfg=config, train_dataloader=SimpleNamespace(dataset=range(3))))
+            model=model, cfg=config, val_loop=None,
+            train_dataloader=SimpleNamespace(dataset=range(3))))
         assert len(said) == count
     assert said[0].startswith('paramwise_cfg.dwconv_decay_mult=0.0 does not reach 1 depthwise')
     assert "custom_keys, such as {'conv.weight': dict(decay_mult=0.0)}" in said[0]

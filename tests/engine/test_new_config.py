@@ -1,5 +1,6 @@
 """A config for one's own data: renamed digits, in COCO's format and Pascal VOC's."""
 import json
+import os
 import shutil
 
 import digits
@@ -10,7 +11,10 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from mmdet_odconv import InputError
+from mmdet_odconv.checkpoints.swapping import dynamic_config
+from mmdet_odconv.engine.data_sets import convert_voc, read_split, use_data
 from mmdet_odconv.engine.new_config import new_config
+from mmdet_odconv.names import find_config
 
 NAMES = [f'kind-{i}' for i in range(10)]
 
@@ -103,6 +107,36 @@ def test_every_head_gets_the_classes(data, tmp_path, base, heads):
     assert any(hook['type'] == 'InputCheckHook' for hook in config.custom_hooks)
 
 
+@pytest.mark.parametrize(('base', 'kind'), [
+    ('faster-rcnn_se-r50_fpn_1x_coco', 'Pretrained'),
+    ('faster-rcnn_dy-r50-k4_fpn_1x_coco', 'StaticPretrained'),
+    ('mmdet::regnet/faster-rcnn_regnetx-3.2GF_fpn_1x_coco', 'Pretrained'),
+])
+def test_weights_are_inflated_where_the_backbone_is_dynamic(data, tmp_path, base, kind):
+    new_config(data, base, tmp_path / 'my.py', 'torchvision://resnet50')
+    assert Config.fromfile(tmp_path / 'my.py').model.backbone.init_cfg.type == kind
+
+
+def test_evaluators_in_a_list_and_repeated_data(data, tmp_path):
+    base = 'mmdet::cityscapes/mask-rcnn_r50_fpn_1x_cityscapes'
+    made = new_config(data, base, tmp_path / 'my.py', 'none')
+    evaluator = Config.fromfile(tmp_path / 'my.py').val_evaluator
+    assert evaluator.type == 'CocoMetric' and evaluator.metric == ['bbox', 'segm']
+    train = made.splits['train']
+    iterations = 8 * 8 * (train.images - train.empty)
+    assert f'8 epochs are {iterations} iterations of 1 images' in '; '.join(made.warnings)
+
+
+def test_a_base_that_imports_one_module_by_its_name(data, tmp_path):
+    base = tmp_path / 'base.py'
+    base.write_text("_base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'\n"
+                    "custom_imports = dict(imports='colorsys')\n")
+    new_config(data, str(base), tmp_path / 'my.py')
+    swapped = dynamic_config(Config.fromfile(base), str(base), {}, None)
+    for config in (Config.fromfile(tmp_path / 'my.py'), Config.fromstring(swapped, '.py')):
+        assert config.custom_imports.imports == ['colorsys', 'mmdet_odconv']
+
+
 def test_a_pascal_voc_folder(data, tmp_path):
     from PIL import Image
     root = tmp_path / 'voc'
@@ -129,10 +163,52 @@ def test_a_pascal_voc_folder(data, tmp_path):
     text = (tmp_path / 'again.py').read_text()  # the base has as many classes already
     assert "_base_ = 'my.py'" in text and 'num_classes' not in text
     assert Config.fromfile(tmp_path / 'again.py').model.roi_head.bbox_head.num_classes == 1
-    (root / 'Annotations/b.xml').write_text('<annotation>')
-    (root / 'annotations/voc_val.json').unlink()
-    with pytest.raises(InputError, match=r'b\.xml could not be read as a Pascal VOC annotation'):
-        new_config(root, digits.CONFIG, tmp_path / 'third.py')
+
+
+@pytest.fixture
+def voc(tmp_path):
+    """Annotations and lists, which convert_voc reads; it never looks into an image."""
+    for folder in ('JPEGImages', 'Annotations', 'ImageSets/Main'):
+        (tmp_path / folder).mkdir(parents=True)
+    for split, name in (('train', 'a cat 1'), ('val', 'b')):
+        (tmp_path / f'ImageSets/Main/{split}.txt').write_text(name)
+        (tmp_path / f'Annotations/{name}.xml').write_text(voc_annotation('cat'))
+    return tmp_path
+
+
+def voc_annotation(kind):
+    return ('<annotation><size><width>64</width><height>48</height></size><object>'
+            f'<name>{kind}</name><bndbox><xmin>1</xmin><ymin>11</ymin><xmax>20</xmax>'
+            '<ymax>40</ymax></bndbox></object></annotation>')
+
+
+def test_pascal_voc_annotations_that_changed_are_read_again(voc):
+    written = convert_voc(voc)
+    image, = json.loads(written[0].read_text())['images']
+    assert image['file_name'] == 'a cat 1.jpg'  # not a flag, as 'a cat 1.xml' is there
+    for path in written:  # later than anything else, however coarse the clock
+        os.utime(path, ns=(2**62, 2**62))
+    assert convert_voc(voc) == []
+    (voc / 'Annotations/b.xml').write_text(voc_annotation('dog'))
+    for changed in ('ImageSets/Main/val.txt', 'Annotations/b.xml'):
+        os.utime(voc / changed, ns=(2**62, 2**62))
+        assert convert_voc(voc) == written, changed
+        os.utime(voc / changed, (1, 1))
+    assert list(read_split(written[1]).boxes.items()) == [('cat', 0), ('dog', 1)]
+
+
+@pytest.mark.parametrize(('file', 'text', 'message'), [
+    ('Annotations/b.xml', '<annotation>', r'b\.xml could not be read as a Pascal VOC annotation'),
+    ('Annotations/b.xml', voc_annotation(''), r'b\.xml could not be read .*an object has no name'),
+    ('ImageSets/Main/val.txt', 'c 1', r'/c\.xml could not be read'),
+    ('ImageSets/Main/val.txt', None, r'Main/val\.txt does not exist, where a Pascal VOC folder'),
+])
+def test_pascal_voc_folders_that_are_refused(voc, tmp_path, file, text, message):
+    (voc / file).unlink()
+    if text is not None:
+        (voc / file).write_text(text)
+    with pytest.raises(InputError, match=message):
+        new_config(voc, digits.CONFIG, tmp_path / 'my.py')
 
 
 def test_what_is_refused_writes_nothing(mend, data, tmp_path):
@@ -147,6 +223,14 @@ def test_what_is_refused_writes_nothing(mend, data, tmp_path):
     refused('did you mean faster-rcnn_od-r18', base='faster-rcnn_od-r18-k5_fpn_digits.py')
     refused('does not exist', weights='nosuch.pth')
     refused('has none of annotations/train.json', tmp_path)
+    (tmp_path / 'base.py').write_text('from mmdet.models import FasterRCNN\n'
+                                      'model = dict(type=FasterRCNN)\n')
+    refused('pure Python configs, from which', base=str(tmp_path / 'base.py'))
+    (tmp_path / 'base.py').write_text(f'_base_ = {str(find_config(digits.CONFIG))!r}\n'
+                                      'val_dataloader = val_evaluator = val_cfg = None\n')
+    refused('has no val_dataloader: give', base=str(tmp_path / 'base.py'))
+    with pytest.raises(InputError, match=r'my is no name of a config: .* such as .*my\.py'):
+        new_config(data, digits.CONFIG, tmp_path / 'my')
     folder = mend('train', lambda content: content['annotations'][0].update(bbox=[0, 0, 1]))
     refused('could not be read as COCO|four finite numbers', folder)
     folder = mend('train', lambda content: content.pop('categories'))
@@ -164,11 +248,23 @@ def test_splits_that_disagree_or_share_images(mend, tmp_path):
         new_config(folder, digits.CONFIG, tmp_path / 'my2.py')
 
 
-def test_masks_that_are_not_there(mend, tmp_path):
-    def strip(content):
-        for annotation in content['annotations']:
-            annotation.pop('segmentation', None)
-    mend('train', strip)
-    folder = mend('val', strip)
-    with pytest.raises(InputError, match='no segmentations, which the base learns from'):
+def test_categories_in_another_order(mend, tmp_path):
+    """By which MMDetection numbers them: a perfect detector would have an mAP of 0."""
+    # A category without a box is left out, wherever it is.
+    folder = mend('val', lambda content: content['categories'].insert(
+        0, content['categories'].pop()))
+    new_config(folder, digits.CONFIG, tmp_path / 'my.py')
+    mend('val', lambda content: content['categories'].reverse())
+    message = 'The categories of val .* in their order: give all splits the same'
+    with pytest.raises(InputError, match=message):
+        new_config(folder, digits.CONFIG, tmp_path / 'my2.py')
+    with pytest.raises(InputError, match=message):
+        use_data(Config.fromfile(find_config(digits.CONFIG)), folder)
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_masks_that_are_not_there(mend, tmp_path, split):
+    """One is enough: training ends where it comes to it, and evaluation after an epoch."""
+    folder = mend(split, lambda content: content['annotations'][1].update(segmentation=[]))
+    with pytest.raises(InputError, match=rf'{split}\.json cannot .*: 1 of .* no segmentation'):
         new_config(folder, 'mask-rcnn_od-r18-k4_fpn_digits.py', tmp_path / 'my.py')
