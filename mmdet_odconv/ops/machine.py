@@ -27,6 +27,7 @@ from typing import Callable, Dict, Optional
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 VARIABLE = 'MMDET_ODCONV_MACHINE'
 # What makes one processor compute like another: part of a measurement's name.
@@ -155,6 +156,7 @@ def cpu_model() -> str:
 
 
 @torch.no_grad()
+@_disable_current_modes()  # of whoever counts, records or traces the call that asked first
 def measure(device: torch.device, dtype: torch.dtype) -> Machine:
     """The constants of a device in a dtype, each from the quickest of a few interleaved tries."""
     channels, size, batch = 256, 20, 2

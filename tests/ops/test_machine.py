@@ -5,7 +5,9 @@ import time
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from mmdet_odconv import ODConv2d
 from mmdet_odconv.ops import machine as machines
 from mmdet_odconv.ops.machine import NOMINAL, VARIABLE, Machine, machine, read, save, set_machine
 
@@ -106,6 +108,15 @@ def test_measuring_is_in_the_dtype_asked_for_and_draws_from_no_generator_but_its
     with torch.autocast('cpu', torch.bfloat16):
         machines.measure(CPU, torch.float32)
     assert dtypes == {torch.float32} and torch.equal(torch.get_rng_state(), before)
+
+
+def test_measuring_is_no_part_of_what_a_mode_counts(monkeypatch):
+    calls, layer, flops = count_measurements(monkeypatch), ODConv2d(16, 16, 3), []
+    for _ in range(2):
+        with FlopCounterMode(display=False) as mode, torch.no_grad():
+            layer(torch.randn(2, 16, 8, 8))
+        flops.append(mode.get_total_flops())
+    assert len(calls) == 1 and flops[0] == flops[1]
 
 
 @pytest.mark.parametrize('text', ['', '[]', '{"a": 1}', '{"a": {"convolution": 1}}', json.dumps(
