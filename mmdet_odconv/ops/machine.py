@@ -111,8 +111,11 @@ def _kept(device: torch.device, dtype: torch.dtype, threads: int, deterministic:
 
 def cache_file() -> Path:
     """Where measurements are kept unless ``MMDET_ODCONV_MACHINE`` says otherwise."""
-    cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-    return Path(cache) / 'mmdet_odconv' / 'machine.json'
+    try:
+        cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
+    except RuntimeError:  # a user without a home, as a container may have
+        cache = Path(tempfile.gettempdir())
+    return cache / 'mmdet_odconv' / 'machine.json'
 
 
 def read(path: Path) -> Dict[str, Machine]:

@@ -136,6 +136,17 @@ def test_a_directory_that_cannot_be_written_is_none(monkeypatch, tmp_path):
     save({}, tmp_path / 'file' / 'machine.json')
 
 
+def test_a_user_without_a_home(monkeypatch, tmp_path):
+    def home():
+        raise RuntimeError('Could not determine home directory.')
+
+    monkeypatch.delenv('XDG_CACHE_HOME')
+    monkeypatch.setattr(machines.Path, 'home', home)
+    monkeypatch.setattr(machines.tempfile, 'tempdir', str(tmp_path))
+    kept = machine(CPU, torch.float32)
+    assert list(read(tmp_path / 'mmdet_odconv/machine.json').values()) == [kept]
+
+
 def test_command(tmp_path):
     result = subprocess.run([sys.executable, '-m', 'mmdet_odconv.ops'], capture_output=True,
                             text=True)
