@@ -27,8 +27,9 @@ class DynamicBackbone(BaseModule):
             layer's arguments; the other convolutions stay static whatever it says.
         dynamic_convs: which convolutions are dynamic: a regular expression that their whole
             names match; the class's own where not given.
-        frozen_except: a regular expression of what stays trainable in frozen stages: parameters
-            in whose name it is found. ``'KSM|FBM'`` is what FDConv's release trains there.
+        frozen_except: a regular expression of what stays as trainable as it is in frozen stages:
+            parameters in whose name it is found. ``'KSM|FBM'`` is what FDConv's release trains
+            there.
 
     Raises:
         InputError: if ``dynamic_convs`` is no regular expression or matches no convolution.
@@ -37,7 +38,7 @@ class DynamicBackbone(BaseModule):
 
     dynamic_conv_cfg: Dict[str, Any] = dict(type='ODConv2d')
     dynamic_convs: str
-    frozen_except: Optional[str] = None
+    frozen_except: Optional[str]
 
     def __init__(self,
                  *args,
@@ -49,7 +50,6 @@ class DynamicBackbone(BaseModule):
                  frozen_except: Optional[str] = None,
                  **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.frozen_except = frozen_except
         given = dict(kernel_num=kernel_num, reduction=reduction, init=init)
         given = {name: value for name, value in given.items() if value is not None}
         pattern = self.dynamic_convs if dynamic_convs is None else dynamic_convs
@@ -67,7 +67,8 @@ class DynamicBackbone(BaseModule):
                              f'such as {self.dynamic_convs!r}.')
         self._warn_of_unlike_norms((kwargs.get('norm_cfg') or {}).get('type', 'BN'))
         read_published_names(self)
-        self._freeze_stages()  # the backbone froze the convolutions that were here before
+        self.frozen_except = frozen_except
+        self._freeze_stages()
 
     def make_dynamic(self, pattern: str, conv_cfg: dict) -> List[str]:
         """Replace the convolutions whose names match; return those names."""
@@ -85,8 +86,15 @@ class DynamicBackbone(BaseModule):
                 logger='current', level=logging.WARNING)
 
     def _freeze_stages(self) -> None:
+        if not hasattr(self, 'frozen_except'):
+            return  # called by the constructor of the backbone, with nothing dynamic to except yet
+        excepted = [parameter for name, parameter in self.named_parameters()
+                    if self.frozen_except is not None and re.search(self.frozen_except, name)
+                    and parameter.requires_grad]  # or else somebody froze it, and means it
+        self.freeze_whole_stages()
+        for parameter in excepted:
+            parameter.requires_grad_(True)
+
+    def freeze_whole_stages(self) -> None:
+        """Freeze the stages that the backbone's own ``frozen_stages`` says, without exception."""
         super()._freeze_stages()
-        if self.frozen_except is not None:
-            for name, parameter in self.named_parameters():
-                if re.search(self.frozen_except, name):
-                    parameter.requires_grad_(True)

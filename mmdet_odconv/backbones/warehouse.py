@@ -23,7 +23,8 @@ class WarehouseBackbone(DynamicBackbone):
     """Mixin put before a backbone of MMDetection; the subclass says what shares a warehouse.
 
     The cells are in ``warehouse_manager``, which the backbone registers once. A frozen stage
-    freezes the warehouses that it reads, whatever else reads them too.
+    freezes the warehouses that it reads, whatever else reads them too, unless ``frozen_except`` is
+    found in their own names, ``warehouse_manager.weights.0`` and so on.
 
     Args:
         *args, **kwargs: those of the backbone that is extended, and of :class:`DynamicBackbone`.
@@ -72,8 +73,8 @@ class WarehouseBackbone(DynamicBackbone):
         """What stands for the warehouse of that convolution, and its budget; None if static."""
         raise NotImplementedError
 
-    def _freeze_stages(self) -> None:
-        super()._freeze_stages()
+    def freeze_whole_stages(self) -> None:
+        super().freeze_whole_stages()
         for layer in self.modules():
             if isinstance(layer, KWConv2d) and not layer.attention.fc1.weight.requires_grad:
                 layer.warehouse.cells.requires_grad_(False)

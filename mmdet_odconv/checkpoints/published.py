@@ -176,9 +176,10 @@ def _stored(name: str, tensor: Tensor) -> Tensor:
 
 
 def _check_architecture(kind: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    stages = {name.split('.')[0] for name in own}
-    given = {name: tensor for name, tensor in given.items() if name.split('.')[0] in stages}
-    ours, theirs = architecture(own), architecture(given)
+    # By what both have: a network may have fewer stages than the weights, or the weights fewer.
+    shared = set.intersection(*({name.split('.')[0] for name in state} for state in (own, given)))
+    ours, theirs = (architecture({name: tensor for name, tensor in state.items()
+                                  if name.split('.')[0] in shared}) for state in (own, given))
     for name, value in ours.items():
         found = theirs.get(name, value)
         if found != value:

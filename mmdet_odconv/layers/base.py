@@ -306,8 +306,8 @@ def on_banks(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return apply
 
 
-def in_range(function: Callable, tensor: Tensor, *others: Tensor):
-    """``function`` of these tensors, without the float16 of autocast.
+def in_range(function: Callable, tensor: Tensor, *others):
+    """``function`` of these arguments, without the float16 of autocast.
 
     For what makes kernels: the gradients of an attention are sums over all of a kernel, too large
     for float16 where those of the kernel are not. It costs little, as it is of no map.

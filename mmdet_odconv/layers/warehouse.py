@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..ops import convolve_images, mix_cells, mixture_count, split_into_cells
+from ..ops.kernels import sum_dtype
 from .attention import Attention, PooledLinear, hidden_channels
-from .base import DynamicConv2d, PaddingMode, on_banks
+from .base import DynamicConv2d, PaddingMode, in_range, on_banks
 from .odconv import build_pooled_norm, normalise_pooled
 
 MIN_HIDDEN_CHANNELS = 16
@@ -222,7 +223,9 @@ class KWConv2d(DynamicConv2d):
         beta, tau = self.attention.beta, self.warehouse.manager.tau
         attention = cell_attention + tau * (beta - cell_attention)
         cells = self.warehouse.cells
-        kernels = mix_cells(attention.to(cells.dtype), cells, self.kernel_shape)
+        dtype = sum_dtype(cells.dtype)
+        kernels = in_range(mix_cells, attention.to(dtype), cells.to(dtype), self.kernel_shape)
+        kernels = kernels.to(x.dtype)
         output = convolve_images(x, kernels, self.stride, padding, self.dilation, self.groups)
         return output if self.bias is None else output + self.bias.to(output.dtype)[:, None, None]
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .exported import exported_convolve_images, is_exporting
+from .exported import constants, exported_convolve_images, is_exporting
 from .machine import NOMINAL, Machine, machine
 
 
@@ -26,6 +26,10 @@ def convolve_images(input: Tensor, kernels: Tensor, stride=1, padding=0, dilatio
     Returns:
         (B, Cout, Hout, Wout).
     """
+    if isinstance(padding, str):
+        padding, widths = resolve_padding(constants(kernels.shape[3:]), pair(stride), padding,
+                                          pair(dilation))
+        input = input if widths is None else F.pad(input, widths)
     if is_exporting():
         return exported_convolve_images(input, kernels, stride, padding, dilation, groups)
     if len(input) == 0:
@@ -78,8 +82,6 @@ def choose_way(input: Tensor, kernel_shape, stride, padding, dilation, groups: i
     """'images', 'grouped' or 'product': that of least :func:`way_costs`."""
     if is_traced():
         return 'grouped'  # a compiler sees one convolution, and vmap has a rule for it
-    if isinstance(padding, str):
-        return 'images'
     return _cheapest_way(machine_of(input), input.element_size(), tuple(input.shape),
                          tuple(kernel_shape), pair(stride), pair(padding), pair(dilation), groups)
 
@@ -137,6 +139,29 @@ def images_as_channels(maps: Tensor) -> Tensor:
 def pair(value) -> Tuple[int, int]:
     """One number or two, as two."""
     return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def resolve_padding(kernel_size, stride, padding: str, dilation):
+    """Numbers for 'same' and 'valid', as nn.Conv2d reads them; an odd 'same' pads the input.
+
+    Returns:
+        Padding as a pair, and widths to pad the input by first, or None.
+
+    Raises:
+        ValueError: for another string, or if 'same' meets a stride.
+    """
+    if padding == 'valid':
+        return (0, 0), None
+    if padding != 'same':
+        raise ValueError(f"padding must be numbers, 'same' or 'valid', got {padding!r}")
+    if stride != (1, 1):
+        raise ValueError(f"padding='same' needs stride 1, got {stride}")
+    totals = [d * (k - 1) for d, k in zip(dilation, kernel_size)]
+    if all(total % 2 == 0 for total in totals):
+        return tuple(total // 2 for total in totals), None
+    before = [total // 2 for total in totals]
+    after = [total - first for total, first in zip(totals, before)]
+    return (0, 0), (before[1], after[1], before[0], after[0])
 
 
 def is_traced() -> bool:

@@ -17,6 +17,7 @@ from .convolution import (
     is_traced,
     machine_of,
     output_size,
+    resolve_padding,
     way_costs,
 )
 from .exported import exported_conv2d, is_exporting
@@ -248,24 +249,6 @@ def _pair(name: str, value: Size2d, smallest: int) -> Tuple[int, int]:
     return pair
 
 
-def _resolve_padding(kernel_size, stride, padding, dilation):
-    """Numbers for 'same' and 'valid', as nn.Conv2d reads them; an odd 'same' pads the input."""
-    if padding == 'valid':
-        return (0, 0), None
-    if padding != 'same':
-        if isinstance(padding, str):
-            raise ValueError(f"padding must be numbers, 'same' or 'valid', got {padding!r}")
-        return _pair('padding', padding, 0), None
-    if stride != (1, 1):
-        raise ValueError(f"padding='same' needs stride 1, got {stride}")
-    totals = [d * (k - 1) for d, k in zip(dilation, kernel_size)]
-    if all(total % 2 == 0 for total in totals):
-        return tuple(total // 2 for total in totals), None
-    before = [total // 2 for total in totals]
-    after = [total - first for total, first in zip(totals, before)]
-    return (0, 0), (before[1], after[1], before[0], after[0])
-
-
 @functools.lru_cache(maxsize=4096)
 def _checked_geometry(input, weight, bias, kernel_attention, spatial_attention, channel_attention,
                       filter_attention, stride, padding, dilation, groups: int):
@@ -303,5 +286,7 @@ def _checked_geometry(input, weight, bias, kernel_attention, spatial_attention, 
         if found is not None and tuple(found) != shape:
             raise ValueError(f'{name} must have shape {shape}, got {tuple(found)}')
     stride, dilation = _pair('stride', stride, 1), _pair('dilation', dilation, 1)
-    padding, widths = _resolve_padding(kernel_size, stride, padding, dilation)
-    return stride, padding, dilation, widths
+    if isinstance(padding, str):
+        padding, widths = resolve_padding(kernel_size, stride, padding, dilation)
+        return stride, padding, dilation, widths
+    return stride, _pair('padding', padding, 0), dilation, None

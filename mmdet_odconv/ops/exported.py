@@ -60,7 +60,7 @@ def exported_conv2d(input: Tensor, weight: Tensor, kernel_attention: Optional[Te
 def exported_convolve_images(input: Tensor, kernels: Tensor, stride=1, padding=0, dilation=1,
                              groups: int = 1, bias: Optional[Tensor] = None) -> Tensor:
     """:func:`~mmdet_odconv.ops.convolution.convolve_images`, plus a bias, for exporters."""
-    out_channels, group_channels, kh, kw = _constants(kernels.shape[1:])
+    out_channels, group_channels, kh, kw = constants(kernels.shape[1:])
     kernel_size = kh, kw
     batch = _constant_batch(input)
     if batch == 1:
@@ -96,10 +96,10 @@ def _constant_batch(input: Tensor) -> Optional[int]:
     """
     if not torch.jit.is_tracing():
         return input.shape[0] if isinstance(input.shape[0], int) else None
-    return 1 if _constants(input.shape[:1]) == [1] else None
+    return 1 if constants(input.shape[:1]) == [1] else None
 
 
-def _constants(sizes: Sequence) -> List[int]:
+def constants(sizes: Sequence) -> List[int]:
     """Sizes as numbers, where a tracer would take them for results."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', torch.jit.TracerWarning)

@@ -27,6 +27,7 @@ from typing import Callable, Dict, Optional
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 VARIABLE = 'MMDET_ODCONV_MACHINE'
 # What makes one processor compute like another: part of a measurement's name.
@@ -110,8 +111,11 @@ def _kept(device: torch.device, dtype: torch.dtype, threads: int, deterministic:
 
 def cache_file() -> Path:
     """Where measurements are kept unless ``MMDET_ODCONV_MACHINE`` says otherwise."""
-    cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-    return Path(cache) / 'mmdet_odconv' / 'machine.json'
+    try:
+        cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
+    except RuntimeError:  # a user without a home, as a container may have
+        cache = Path(tempfile.gettempdir())
+    return cache / 'mmdet_odconv' / 'machine.json'
 
 
 def read(path: Path) -> Dict[str, Machine]:
@@ -155,6 +159,7 @@ def cpu_model() -> str:
 
 
 @torch.no_grad()
+@_disable_current_modes()  # of whoever counts, records or traces the call that asked first
 def measure(device: torch.device, dtype: torch.dtype) -> Machine:
     """The constants of a device in a dtype, each from the quickest of a few interleaved tries."""
     channels, size, batch = 256, 20, 2

@@ -33,6 +33,7 @@ def frequency_groups(rows: int, columns: int, group_num: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept may be trained with, whoever asked first
 def _frequency_groups(rows: int, columns: int, group_num: int) -> Tensor:
     row, column = (torch.arange(n, device='cpu') for n in (rows, columns // 2 + 1))
     cycles = torch.minimum(row, rows - row)

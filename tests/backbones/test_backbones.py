@@ -188,6 +188,26 @@ def test_frozen_stages_and_norm_eval_cover_the_attention(cls, arguments, frozen,
     assert all(t for n, t in training.items() if n.startswith(moving))
 
 
+def test_what_the_user_froze_is_not_excepted():
+    with torch.device('meta'):
+        model = ODResNet(10, frozen_stages=1, frozen_except='attention',
+                         conv_cfg=dict(norm_cfg=dict(type='BN', requires_grad=False)))
+    heads = {name for name, _ in model.named_parameters()
+             if '.attention.' in name and '.bn.' not in name}
+
+    def trained(prefix=''):
+        return {n for n, p in model.named_parameters() if p.requires_grad and n.startswith(prefix)}
+
+    for _ in range(2):  # as constructed, and as training begins
+        assert trained('layer1.') == {name for name in heads if name.startswith('layer1.')}
+        assert not any('.attention.bn.' in name for name in trained('layer4.'))
+        model.train()
+    model.requires_grad_(False)
+    for mode in (False, True):
+        model.train(mode)
+        assert trained() == set()
+
+
 @pytest.mark.parametrize('kernel_num', [1, 4])
 @pytest.mark.parametrize(('cls', 'arguments'), [
     (ODResNet, dict(depth=18)), (ODMobileNetV2, dict(widen_factor=0.5))])

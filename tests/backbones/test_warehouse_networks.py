@@ -135,6 +135,19 @@ def test_a_frozen_stage_freezes_its_cells(name, frozen):
     assert torch.equal(before, after)
 
 
+@pytest.mark.parametrize(('excepted', 'frozen'), [
+    (None, {0}), ('attention', {0}), (r'warehouse_manager\.weights\.0', set())])
+def test_cells_are_excepted_by_their_own_names(excepted, frozen):
+    with torch.device('meta'):
+        model = KWResNet(18, frozen_stages=1, frozen_except=excepted)
+    for _ in range(2):  # as constructed, and as training begins
+        cells = model.warehouse_manager.weights
+        assert {i for i, p in enumerate(cells) if not p.requires_grad} == frozen
+        attention = model.layer1[0].conv1.attention.fc1.weight
+        assert attention.requires_grad == (excepted == 'attention')
+        model.train()
+
+
 @pytest.mark.parametrize(('name', 'budget'), [
     ('resnet18', '1/2'), ('resnet50', '1/2'), ('mobilenetv2_050', '1x'),
     ('mobilenetv2_050', '1/2')])

@@ -175,6 +175,16 @@ def test_three_stages_take_a_file_of_four(data):
     assert missing == []
 
 
+def test_four_stages_take_weights_of_one(data):
+    state = {name: tensor for name, tensor in published_state(data, 'od_resnet50_1x').items()
+             if name.startswith('module.layer1.')}
+    model = ODResNet(50, kernel_num=1)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected and not any(name.startswith('layer1.') for name in missing)
+    with pytest.raises(InputError, match='has depth 18, but the checkpoint depth 50 or 101 or 152'):
+        ODResNet(18, kernel_num=1).load_state_dict(state, strict=False)
+
+
 def test_weights_of_no_use_are_refused(data):
     state = published_state(data, 'od_resnet18_1x')
     with pytest.raises(InputError, match='none of the weights of ODResNet, its 2 tensors are a, b'):

@@ -26,6 +26,7 @@ from mmdet_odconv import (
     ODConv2d,
     set_temperature,
 )
+from mmdet_odconv.layers import KWConv2d, WarehouseManager
 from mmdet_odconv.ops import force_plan
 
 LAYERS = [ODConv2d, DyConv2d, CondConv2d, DCDConv2d, FDConv2d]
@@ -35,6 +36,15 @@ every_layer = pytest.mark.parametrize('cls', LAYERS)
 
 def has(cls, argument):
     return argument in inspect.signature(cls).parameters
+
+
+def warehoused(*args, **arguments):
+    """A KWConv2d that holds its warehouse."""
+    manager = WarehouseManager()
+    shape = nn.Conv2d(*args, **arguments, device='meta').weight.shape
+    layer = KWConv2d(*args, **arguments, warehouse=manager.add([shape]))
+    layer.warehouse_manager = manager
+    return layer
 
 
 def static_kernels(layer):
@@ -510,7 +520,7 @@ def test_scripting_is_refused_with_the_way_to_go(cls):
 @pytest.mark.parametrize(('size', 'arguments'), [
     (32, dict(kernel_size=3, padding=1)), (4, dict(kernel_size=3, padding=1)),
     (64, dict(kernel_size=1))])
-@every_layer
+@pytest.mark.parametrize('cls', [*LAYERS, warehoused])
 def test_float16_holds_gradients_where_it_holds_those_of_static_layers(cls, size, arguments, way):
     scale = 8 if cls is FDConv2d else 256  # its gates are on maps, too
 

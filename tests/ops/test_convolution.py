@@ -22,7 +22,7 @@ def way(request):
 
 @pytest.mark.parametrize(('kernel', 'geometry'), [
     (1, (1, 0, 1, 1)), (1, (2, 0, 1, 1)), (3, (1, 1, 1, 1)), (3, ((2, 1), (0, 1), 1, 2)),
-    (3, (1, 'same', 1, 4)), (2, (1, 1, 2, 1))])
+    (3, (1, 'same', 1, 4)), (2, (1, 'same', 1, 2)), (2, (1, 1, 2, 1))])
 def test_equals_a_convolution_of_each_image_and_its_gradients(way, kernel, geometry):
     groups = geometry[-1]
     x = torch.randn(3, 4, 6, 5, dtype=torch.float64, requires_grad=True)

@@ -15,6 +15,7 @@ LAYER = pytest.mark.parametrize('layer', [
     *(cls(8, 16, 3, 2, padding=1) for cls in LAYERS),
     *(cls(8, 8, 3, padding=2, dilation=2, groups=8) for cls in LAYERS),
     *(cls(8, 12, 1, groups=2) for cls in LAYERS),
+    *(DCDConv2d(8, 12, n, padding='same') for n in (2, 3)),
     ODConv2d(8, 12, 1), ODConv2d(8, 12, 1, kernel_num=1), ODConv2d(8, 8, 3, kernel_num=1, groups=8),
 ], ids=lambda layer: f'{type(layer).__name__}-{layer.extra_repr()}')
 
@@ -43,7 +44,8 @@ def test_traced_to_onnx(layer, batch, axes):
 @pytest.mark.skipif(not hasattr(torch.compiler, 'is_exporting'), reason='torch before 2.7')
 @pytest.mark.parametrize(('layer', 'batch'), [
     (ODConv2d(8, 16, 3, 2, padding=1), 1), (ODConv2d(8, 8, 3, groups=8), 2),
-    (DCDConv2d(8, 12, 3), None), (DCDConv2d(8, 8, 3, groups=8), None)])
+    (DCDConv2d(8, 12, 3), None), (DCDConv2d(8, 8, 3, groups=8), None),
+    (DCDConv2d(8, 12, 3, padding='same'), None)])
 def test_torch_export(layer, batch):
     """With any height and width, and a batch that is a constant or (None) is not."""
     layer = randomised(layer).eval()

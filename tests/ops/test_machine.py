@@ -5,7 +5,9 @@ import time
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from mmdet_odconv import ODConv2d
 from mmdet_odconv.ops import machine as machines
 from mmdet_odconv.ops.machine import NOMINAL, VARIABLE, Machine, machine, read, save, set_machine
 
@@ -108,6 +110,15 @@ def test_measuring_is_in_the_dtype_asked_for_and_draws_from_no_generator_but_its
     assert dtypes == {torch.float32} and torch.equal(torch.get_rng_state(), before)
 
 
+def test_measuring_is_no_part_of_what_a_mode_counts(monkeypatch):
+    calls, layer, flops = count_measurements(monkeypatch), ODConv2d(16, 16, 3), []
+    for _ in range(2):
+        with FlopCounterMode(display=False) as mode, torch.no_grad():
+            layer(torch.randn(2, 16, 8, 8))
+        flops.append(mode.get_total_flops())
+    assert len(calls) == 1 and flops[0] == flops[1]
+
+
 @pytest.mark.parametrize('text', ['', '[]', '{"a": 1}', '{"a": {"convolution": 1}}', json.dumps(
     {'a': dict(vars(NOMINAL), bandwidth=0)})])
 def test_a_damaged_file_is_measured_anew(text):
@@ -123,6 +134,17 @@ def test_a_directory_that_cannot_be_written_is_none(monkeypatch, tmp_path):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))
     assert machine(CPU, torch.float32) == machine(CPU, torch.float32)
     save({}, tmp_path / 'file' / 'machine.json')
+
+
+def test_a_user_without_a_home(monkeypatch, tmp_path):
+    def home():
+        raise RuntimeError('Could not determine home directory.')
+
+    monkeypatch.delenv('XDG_CACHE_HOME')
+    monkeypatch.setattr(machines.Path, 'home', home)
+    monkeypatch.setattr(machines.tempfile, 'tempdir', str(tmp_path))
+    kept = machine(CPU, torch.float32)
+    assert list(read(tmp_path / 'mmdet_odconv/machine.json').values()) == [kept]
 
 
 def test_command(tmp_path):

@@ -80,6 +80,14 @@ def test_many_groups_have_indices_wide_enough():
     assert frequency_groups(64, 64, 300).max() == 299
 
 
+def test_a_layer_made_for_inference_leaves_others_trainable():
+    with torch.inference_mode():
+        FDConv2d(7, 11, 3)
+    layer = FDConv2d(7, 11, 3)
+    layer(torch.randn(2, 7, 5, 5)).sum().backward()
+    assert layer.dft_weight.grad.any()
+
+
 def test_only_the_kernels_are_kept_for_the_backward_pass():
     named, fixed = arguments(1, (48, 32, 3, 3))
     kept = {}
