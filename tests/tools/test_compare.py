@@ -6,6 +6,9 @@ from pathlib import Path
 import digits
 import pytest
 from digits import ROOT
+from mmengine.config import Config
+
+from mmdet_odconv import InputError
 
 TINY = """_base_ = '{base}'
 model = dict(backbone=dict(base_channels=8, stem_channels=8),
@@ -81,10 +84,14 @@ def test_runs_are_compared_once_and_a_failed_one_stops_none(root):
 
 
 @pytest.fixture
-def forked(root, monkeypatch):
-    """The tool as a module, whose trainings are forked: to import takes longer than they do."""
+def module(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / 'tools/analysis_tools')
-    module = importlib.import_module('compare')
+    return importlib.import_module('compare')
+
+
+@pytest.fixture
+def forked(root, module, monkeypatch):
+    """The tool as a module, whose trainings are forked: to import takes longer than they do."""
 
     def tool(name, *args, log, threads):
         result = digits.tool(root, name, *args, check=False)
@@ -133,6 +140,51 @@ def test_two_configs_of_one_name(forked, monkeypatch):
                                       'tiny_r18.py,load_from=b/1.pth'])
     with pytest.raises(SystemExit, match='2 configs are called tiny_r18,load_from=1.pth, after'):
         forked.main()
+
+
+def test_a_run_of_another_config_is_not_taken_for_its_own(module, tmp_path, monkeypatch):
+    trained = []
+
+    def fail(*args, **options):
+        raise OSError('no such network')
+
+    def train(name, given, _, directory, *resume, log, threads):
+        trained.append(Config.fromfile(given).load_from)
+        (directory / 'config.py').write_text(  # as MMEngine leaves it
+            f'load_from = {None if resume else trained[-1]!r}\nresume = {bool(resume)}\n'
+            "train_cfg = dict(max_iters=2)\nlauncher = 'none'\nwork_dir = 'elsewhere'\n")
+        (directory / 'last_checkpoint').write_text('iter_2.pth')
+        log = directory / '1/vis_data/scalars.json'
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text('{"loss": 3, "iter": 2, "time": 1}\n{"coco/bbox_mAP": 0.5, "step": 2}\n')
+
+    directory = tmp_path / 'run'
+    a, b = (Config(dict(load_from=f'{name}/iter_500.pth', train_cfg=dict(max_iters=2)))
+            for name in 'ab')
+    # One that failed before it trained anything may be mended.
+    monkeypatch.setattr(module, 'tool', fail)
+    assert module.run(b, directory) == {'error': 'no such network'}
+    monkeypatch.setattr(module, 'tool', train)
+    assert module.run(a, directory)['map'] == 0.5
+
+    def only_a_is_found():
+        with pytest.raises(InputError, match='run holds a run of another config, which differs in '
+                                             r'load_from: give another --work-dir \(and'):
+            module.run(b, directory)
+        assert module.run(a, directory)['map'] == 0.5
+
+    only_a_is_found()
+    assert trained == ['a/iter_500.pth']
+    (directory / 'result.json').unlink()  # interrupted: resumed by the same one alone
+    only_a_is_found()
+    only_a_is_found()
+    assert trained == ['a/iter_500.pth'] * 2
+    # Of older runs there is MMEngine's copy, without load_from if it was resumed.
+    (directory / 'given/config.py').unlink()
+    assert module.run(a, directory)['map'] == 0.5
+    a.train_cfg.max_iters = 3
+    with pytest.raises(InputError, match='differs in train_cfg: '):
+        module.run(a, directory)
 
 
 def test_data_that_are_absent(tmp_path):

@@ -112,20 +112,44 @@ def tool(name, *args, log, threads):
                        env={**os.environ, 'OMP_NUM_THREADS': str(threads)})
 
 
+def changed(config, path):
+    """The settings in which a config differs from the one at ``path``, of an earlier run."""
+    earlier, config = read_config(path).to_dict(), config.to_dict()
+    ours = {'launcher', 'resume', 'work_dir'}  # of train.py's own copy, all that older runs have
+    if earlier.get('resume'):
+        ours.add('load_from')  # which --resume empties
+    return sorted(key for key in {*earlier, *config} - ours
+                  if earlier.get(key) != config.get(key))
+
+
 def run(config, directory, threads=1, tested=False):
-    """Train and evaluate unless done: box mAP, curves, seconds, or what went wrong."""
+    """Train and evaluate unless done: box mAP, curves, seconds, or what went wrong.
+
+    Raises:
+        InputError: if the directory holds what another config, of an equal name, has trained.
+    """
     result_file = directory / 'result.json'
+    last_checkpoint = directory / 'last_checkpoint'
+    given = directory / 'given' / 'config.py'  # apart from the copy that train.py leaves
+    if result_file.is_file() or last_checkpoint.is_file():
+        earlier = [path for path in (given, directory / 'config.py') if path.is_file()]
+        differing = changed(config, earlier[0]) if earlier else []
+        if differing:
+            raise InputError(
+                f'{directory} holds a run of another config, which differs in '
+                f'{", ".join(differing)}: give another --work-dir (and --records), or the config '
+                'as it was.')
     if result_file.is_file():
         return json.loads(result_file.read_text())
-    directory.mkdir(parents=True, exist_ok=True)
+    given.parent.mkdir(parents=True, exist_ok=True)
     log = directory / 'log.txt'
-    last_checkpoint = directory / 'last_checkpoint'
     try:
-        config.dump(directory / 'config.py')
+        partial = given.with_suffix('.tmp')
+        partial.write_text(config.pretty_text, encoding='utf-8')
+        partial.replace(given)
         # mmdet's --resume forgets load_from, so it is for runs that have begun.
         resume = ['--resume'] if last_checkpoint.is_file() else []
-        tool('train.py', directory / 'config.py', '--work-dir', directory, *resume, log=log,
-             threads=threads)
+        tool('train.py', given, '--work-dir', directory, *resume, log=log, threads=threads)
         train, val = read_scalars(directory)
         if not val or max(val) < config.train_cfg.max_iters:
             return {'error': 'it was interrupted before its evaluation: remove '
@@ -136,7 +160,7 @@ def run(config, directory, threads=1, tested=False):
                   'curve': [(i, val[i]['coco/bbox_mAP']) for i in sorted(val)],
                   'loss': [(i, round(train[i]['loss'], 4)) for i in sorted(train)]}
         if tested:
-            tool('test.py', directory / 'config.py', last_checkpoint.read_text().strip(),
+            tool('test.py', given, last_checkpoint.read_text().strip(),
                  '--work-dir', directory / 'test', log=log, threads=threads)
             metrics = json.loads(max((directory / 'test').glob('*/*.json')).read_text())
             result['map'] = metrics['coco/bbox_mAP']
