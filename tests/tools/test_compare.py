@@ -1,3 +1,4 @@
+import argparse
 import importlib
 import json
 import sys
@@ -185,6 +186,61 @@ def test_a_run_of_another_config_is_not_taken_for_its_own(module, tmp_path, monk
     a.train_cfg.max_iters = 3
     with pytest.raises(InputError, match='differs in train_cfg: '):
         module.run(a, directory)
+
+
+def record(config, seed, iterations=750, budget='iterations', score=0.5, seconds=1.0):
+    return {'config': config, 'place': int(config != 'static'), 'seed': seed, 'budget': budget,
+            'iterations': iterations, 'map': score, 'seconds': seconds, 'params': 1, 'gmadds': 1,
+            'data': 'digits'}
+
+
+@pytest.mark.parametrize(('seconds', 'time', 'expected'), [
+    (2.0, [], None),  # not asked for, or failed and so without a record
+    (2.0, [dict(error='killed')], None),
+    (2.0, [dict(map=0.4)], -0.1),
+    (1.0, [], 0.2)])  # as cheap as the first: the same
+def test_equal_time_is_told_where_it_is_known(module, seconds, time, expected):
+    runs = [record('static', 0), record('dynamic', 0, score=0.7, seconds=seconds)]
+    runs += [{**record('dynamic', 0, 375, 'time'), **ended} for ended in time]
+    row = module.summarise(runs)[1]
+    assert row['difference'][0] == pytest.approx(0.2)
+    found = row['at_equal_time']
+    assert found is None if expected is None else found[0] == pytest.approx(expected)
+
+
+def test_more_seeds_leave_the_iterations_of_equal_time(module, monkeypatch):
+    seconds = {'static': (1.0, 0.9), 'dynamic': (1.25, 1.26)}
+
+    def run_entry(entry, seed, iterations, stats, args, budget='iterations'):
+        kind = 'dynamic' if entry.place else 'static'
+        return {**record(kind, seed, iterations, budget, seconds=seconds[kind][seed]),
+                'config': entry.name}
+
+    monkeypatch.setattr(module, 'run_entry', run_entry)
+    monkeypatch.setattr(module, 'size_of', lambda entry: {})
+    for seeds in ([0], [0, 1]):
+        records = module.train_all(argparse.Namespace(
+            configs=[f'faster-rcnn_{name}_fpn_digits.py' for name in ('r18', 'od-r18-k1')],
+            seeds=seeds, iterations=750, equal_time=True, jobs=1))
+        assert [(run['seed'], run['iterations']) for run in records
+                if run['budget'] == 'time'] == [(seed, 600) for seed in seeds]
+
+
+@pytest.mark.parametrize(('other', 'differs'), [
+    (record('dynamic', 0, 250), r'iterations \(250, 750\)'),
+    ({**record('dynamic', 0), 'data': 'cells'}, r'data \(cells, digits\)'),
+    ({**record('dynamic', 0), 'place': 0}, r'the config given first \(dynamic, static\)')])
+def test_records_of_two_comparisons(module, tmp_path, monkeypatch, other, differs):
+    for name, content in (('a', record('static', 0)), ('b', other)):
+        (tmp_path / f'{name}.json').write_text(json.dumps(content))
+    monkeypatch.setattr(sys, 'argv', ['compare.py', '--redraw', str(tmp_path)])
+    with pytest.raises(SystemExit, match=f'holds records that differ in {differs}, but a table'):
+        module.main()
+    # At equal time there are fewer iterations, and as many for all seeds of a config.
+    runs = [record('static', 0), record('dynamic', 0, 600, 'time')]
+    module.check_one_comparison(runs, tmp_path)
+    with pytest.raises(InputError, match=r'iterations at equal time of dynamic \(525, 600\)'):
+        module.check_one_comparison([*runs, record('dynamic', 1, 525, 'time')], tmp_path)
 
 
 def test_data_that_are_absent(tmp_path):

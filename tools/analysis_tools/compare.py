@@ -206,44 +206,56 @@ def size_of(entry):
     return {'params': round(stats['params'] / 1e6, 3), 'gmadds': round(stats['madds'] / 1e9, 4)}
 
 
-def affordable(records, entry, baseline, args):
-    """Iterations for which the first config's time suffices, in twentieths of the budget."""
-    seconds = {}  # of the quietest run, as in the table
-    for record in records:
-        if 'error' not in record:
-            name = record['config']
-            seconds[name] = min(record['seconds'], seconds.get(name, record['seconds']))
-    if not {entry.name, baseline.name} <= seconds.keys():
-        return args.iterations
-    share = min(1, seconds[baseline.name] / seconds[entry.name])
-    return max(1, round(20 * share) * args.iterations // 20)
-
-
-def summarise(records):
-    """A row for each config, in the order of the records; differences are to the first."""
+def finished(records):
+    """Runs that ended well: config -> budget -> seed -> record, in the order of the records."""
     groups = collections.defaultdict(lambda: collections.defaultdict(dict))
     for record in records:
         if 'error' not in record:
             groups[record['config']][record['budget']][record['seed']] = record
+    return groups
+
+
+def affordable(runs, baseline):
+    """Iterations for which the first config's time suffices, in twentieths of the budget.
+
+    Both are seed -> record, at equal iterations. The first seed's seconds count, so that more
+    seeds change no budget that others were trained for; None without a seed of both.
+    """
+    for seed, record in runs.items():
+        if seed in baseline:
+            share = min(1, baseline[seed]['seconds'] / record['seconds'])
+            return max(1, round(20 * share) * record['iterations'] // 20)
+    return None
+
+
+def summarise(records):
+    """A row for each config, in the order of the records; differences are to the first."""
+    groups = finished(records)
+    first = {record['seed']: record for record in records
+             if record['place'] == 0 and 'error' not in record}
+    baseline = {seed: record['map'] for seed, record in first.items()}
     rows = []
-    baseline = {record['seed']: record['map'] for record in records
-                if record['place'] == 0 and 'error' not in record}
     for name, budgets in groups.items():
         runs = budgets['iterations']
         if not runs:
             continue
         scores = {seed: record['map'] for seed, record in runs.items()}
-        # What costs no more than the first has had no second training.
-        timed = {seed: record['map'] for seed, record in budgets['time'].items()} or scores
-        iterations = {record['iterations'] for record in (budgets['time'] or runs).values()}
         any_run = next(iter(runs.values()))
         others = any_run['place'] > 0
+        timed = budgets['time']
+        # What costs no more than the first has no second training; if it failed, or was not asked
+        # for, nothing is known of equal time.
+        if affordable(runs, first) == any_run['iterations']:
+            timed = timed or runs
         rows.append({
             'config': name, 'seeds': sorted(runs), 'map': statistics.mean(scores.values()),
             'spread': statistics.stdev(scores.values()) if len(scores) > 1 else None,
             'difference': paired_difference(scores, baseline) if others else None,
-            'at_equal_time': paired_difference(timed, baseline) if others else None,
-            'iterations_at_equal_time': max(iterations),
+            'at_equal_time': paired_difference(
+                {seed: record['map'] for seed, record in timed.items()}, baseline
+            ) if others else None,
+            'iterations_at_equal_time': max(
+                (record['iterations'] for record in timed.values()), default=None),
             'params': any_run['params'], 'gmadds': any_run['gmadds'],
             'seconds': min(record['seconds'] for record in runs.values())})
     return rows
@@ -376,6 +388,23 @@ def report(records, directory, console):
     return rows, failed
 
 
+def check_one_comparison(records, directory):
+    """Refuse records that no one table can hold: differences between them would mean nothing."""
+    found = collections.defaultdict(set)
+    for record in records:
+        found['data'].add(record['data'])
+        found['iterations' if record['budget'] == 'iterations' else
+              f'iterations at equal time of {record["config"]}'].add(record['iterations'])
+        if record['place'] == 0:
+            found['the config given first'].add(record['config'])
+    for what, values in found.items():
+        if len(values) > 1:
+            raise InputError(
+                f'{directory} holds records that differ in {what} '
+                f'({", ".join(map(str, sorted(values)))}), but a table is of one comparison: move '
+                'those of the others to directories of their own.')
+
+
 def train_all(args):
     """Records of every config with every seed, in the order in which they were given."""
     entries = [Entry(*numbered) for numbered in enumerate(args.configs)]
@@ -403,11 +432,14 @@ def train_all(args):
             pool.submit(run_entry, entry, seed, args.iterations, stats, args)
             for seed in args.seeds for entry in entries], 'Runs')
         if args.equal_time:
-            shorter = [(entry, affordable(records, entry, baseline, args)) for entry in others]
+            done = finished(records)
+            first = done[baseline.name]['iterations']
+            shorter = [(entry, affordable(done[entry.name]['iterations'], first))
+                       for entry in others]
             records += results([
                 pool.submit(run_entry, entry, seed, iterations, stats, args, 'time')
                 for seed in args.seeds for entry, iterations in shorter
-                if iterations < args.iterations], 'At equal time')
+                if iterations and iterations < args.iterations], 'At equal time')
     return records
 
 
@@ -438,6 +470,7 @@ def main():
                 records = [json.loads(path.read_text()) for path in directory.glob('*.json')]
                 if not records:
                     raise InputError(f'{directory} holds no record of a run.')
+                check_one_comparison(records, directory)
                 records.sort(key=lambda record: (record['place'], record['seed']))
                 report(records, directory, console)
             return
