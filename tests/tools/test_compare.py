@@ -1,7 +1,10 @@
 import argparse
 import importlib
 import json
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import digits
@@ -194,14 +197,14 @@ def record(config, seed, iterations=750, budget='iterations', score=0.5, seconds
             'data': 'digits'}
 
 
-@pytest.mark.parametrize(('seconds', 'time', 'expected'), [
+@pytest.mark.parametrize(('seconds', 'ends', 'expected'), [
     (2.0, [], None),  # not asked for, or failed and so without a record
     (2.0, [dict(error='killed')], None),
     (2.0, [dict(map=0.4)], -0.1),
     (1.0, [], 0.2)])  # as cheap as the first: the same
-def test_equal_time_is_told_where_it_is_known(module, seconds, time, expected):
+def test_equal_time_is_told_where_it_is_known(module, seconds, ends, expected):
     runs = [record('static', 0), record('dynamic', 0, score=0.7, seconds=seconds)]
-    runs += [{**record('dynamic', 0, 375, 'time'), **ended} for ended in time]
+    runs += [{**record('dynamic', 0, 375, 'time'), **end} for end in ends]
     row = module.summarise(runs)[1]
     assert row['difference'][0] == pytest.approx(0.2)
     found = row['at_equal_time']
@@ -224,6 +227,30 @@ def test_more_seeds_leave_the_iterations_of_equal_time(module, monkeypatch):
             seeds=seeds, iterations=750, equal_time=True, jobs=1))
         assert [(run['seed'], run['iterations']) for run in records
                 if run['budget'] == 'time'] == [(seed, 600) for seed in seeds]
+
+
+def test_what_is_queued_when_it_is_interrupted_is_not_begun(module, monkeypatch, capsys):
+    begun, queued = [], threading.Event()
+
+    def run_entry(entry, seed, iterations, stats, args):
+        begun.append(seed)
+        if seed == 0:
+            queued.wait(10)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(0.5)  # as a training that was interrupted, too, takes to end
+        return {**record('static', seed), 'error': 'interrupted'}
+
+    monkeypatch.setattr(module, 'run_entry', run_entry)
+    monkeypatch.setattr(module, 'track', lambda runs, **options: queued.set() or runs)
+    monkeypatch.setattr(module, 'size_of', lambda entry: {})
+    monkeypatch.setattr(sys, 'argv', ['compare.py', 'faster-rcnn_r18_fpn_digits.py', '--seeds',
+                                      '0', '1', '2', '3'])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may ignore it
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    signal.signal(signal.SIGINT, before)
+    assert ended.value.code == 130 and begun == [0]
+    assert 'interrupted: run the same command again to go on' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(('other', 'differs'), [

@@ -32,6 +32,7 @@ import math
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -420,14 +421,15 @@ def train_all(args):
         except Exception:  # the run itself says what is wrong
             stats[entry.name] = {}
     console = Console(stderr=True)
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+    pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
 
-        def results(runs, description):
-            for _ in track(concurrent.futures.as_completed(runs), description=description,
-                           total=len(runs), console=console):
-                pass
-            return [done.result() for done in runs]
+    def results(runs, description):
+        for _ in track(concurrent.futures.as_completed(runs), description=description,
+                       total=len(runs), console=console):
+            pass
+        return [done.result() for done in runs]
 
+    try:
         records = results([
             pool.submit(run_entry, entry, seed, args.iterations, stats, args)
             for seed in args.seeds for entry in entries], 'Runs')
@@ -440,6 +442,8 @@ def train_all(args):
                 pool.submit(run_entry, entry, seed, iterations, stats, args, 'time')
                 for seed in args.seeds for entry, iterations in shorter
                 if iterations and iterations < args.iterations], 'At equal time')
+    finally:  # interrupted, it would still begin whatever is queued
+        pool.shutdown(cancel_futures=True)
     return records
 
 
@@ -476,7 +480,12 @@ def main():
             return
         cores = len(os.sched_getaffinity(0)) // args.jobs
         args.threads = int(os.environ.get('OMP_NUM_THREADS', 0)) or max(1, cores)
-        records = train_all(args)
+        try:
+            records = train_all(args)
+        except KeyboardInterrupt:
+            print('interrupted: run the same command again to go on with what is not finished.',
+                  file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     rows, failed = report(records, args.work_dir, console)
     (args.work_dir / 'compare.json').write_text(json.dumps(
