@@ -146,6 +146,13 @@ def test_two_configs_of_one_name(forked, monkeypatch):
         forked.main()
 
 
+def test_a_value_that_holds_a_comma(module, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', [
+        'compare.py', 'faster-rcnn_r18_fpn_digits.py,test_pipeline.1.scale=(192,192)'])
+    with pytest.raises(SystemExit, match=r'an option 192\), but KEY=VALUE is expected after each'):
+        module.main()
+
+
 def test_a_run_of_another_config_is_not_taken_for_its_own(module, tmp_path, monkeypatch):
     trained = []
 

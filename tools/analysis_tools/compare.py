@@ -82,6 +82,11 @@ class Entry:
     def __init__(self, place, text):
         self.place = place  # the first is what the others are compared with
         name, *options = text.split(',')
+        for option in options:
+            if '=' not in option:
+                raise InputError(f'{text} has an option {option}, but KEY=VALUE is expected after '
+                                 'each comma: what holds a comma goes into a config file of its '
+                                 'own.')
         self.path = Path(config_path(name))
         self.options = {key: parse(value) for key, _, value in (o.partition('=') for o in options)}
         self.name = ','.join([self.path.stem, *(
