@@ -1,11 +1,18 @@
+import argparse
 import importlib
 import json
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import digits
 import pytest
 from digits import ROOT
+from mmengine.config import Config
+
+from mmdet_odconv import InputError
 
 TINY = """_base_ = '{base}'
 model = dict(backbone=dict(base_channels=8, stem_channels=8),
@@ -81,10 +88,14 @@ def test_runs_are_compared_once_and_a_failed_one_stops_none(root):
 
 
 @pytest.fixture
-def forked(root, monkeypatch):
-    """The tool as a module, whose trainings are forked: to import takes longer than they do."""
+def module(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / 'tools/analysis_tools')
-    module = importlib.import_module('compare')
+    return importlib.import_module('compare')
+
+
+@pytest.fixture
+def forked(root, module, monkeypatch):
+    """The tool as a module, whose trainings are forked: to import takes longer than they do."""
 
     def tool(name, *args, log, threads):
         result = digits.tool(root, name, *args, check=False)
@@ -133,6 +144,137 @@ def test_two_configs_of_one_name(forked, monkeypatch):
                                       'tiny_r18.py,load_from=b/1.pth'])
     with pytest.raises(SystemExit, match='2 configs are called tiny_r18,load_from=1.pth, after'):
         forked.main()
+
+
+def test_a_value_that_holds_a_comma(module, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', [
+        'compare.py', 'faster-rcnn_r18_fpn_digits.py,test_pipeline.1.scale=(192,192)'])
+    with pytest.raises(SystemExit, match=r'an option 192\), but KEY=VALUE is expected after each'):
+        module.main()
+
+
+def test_a_run_of_another_config_is_not_taken_for_its_own(module, tmp_path, monkeypatch):
+    trained = []
+
+    def fail(*args, **options):
+        raise OSError('no such network')
+
+    def train(name, given, _, directory, *resume, log, threads):
+        trained.append(Config.fromfile(given).load_from)
+        (directory / 'config.py').write_text(  # as MMEngine leaves it
+            f'load_from = {None if resume else trained[-1]!r}\nresume = {bool(resume)}\n'
+            "train_cfg = dict(max_iters=2)\nlauncher = 'none'\nwork_dir = 'elsewhere'\n")
+        (directory / 'last_checkpoint').write_text('iter_2.pth')
+        log = directory / '1/vis_data/scalars.json'
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text('{"loss": 3, "iter": 2, "time": 1}\n{"coco/bbox_mAP": 0.5, "step": 2}\n')
+
+    directory = tmp_path / 'run'
+    a, b = (Config(dict(load_from=f'{name}/iter_500.pth', train_cfg=dict(max_iters=2)))
+            for name in 'ab')
+    # One that failed before it trained anything may be mended.
+    monkeypatch.setattr(module, 'tool', fail)
+    assert module.run(b, directory) == {'error': 'no such network'}
+    monkeypatch.setattr(module, 'tool', train)
+    assert module.run(a, directory)['map'] == 0.5
+
+    def only_a_is_found():
+        with pytest.raises(InputError, match='run holds a run of another config, which differs in '
+                                             r'load_from: give another --work-dir \(and'):
+            module.run(b, directory)
+        assert module.run(a, directory)['map'] == 0.5
+
+    only_a_is_found()
+    assert trained == ['a/iter_500.pth']
+    (directory / 'result.json').unlink()  # interrupted: resumed by the same one alone
+    only_a_is_found()
+    only_a_is_found()
+    assert trained == ['a/iter_500.pth'] * 2
+    # Of older runs there is MMEngine's copy, without load_from if it was resumed.
+    (directory / 'given/config.py').unlink()
+    assert module.run(a, directory)['map'] == 0.5
+    a.train_cfg.max_iters = 3
+    with pytest.raises(InputError, match='differs in train_cfg: '):
+        module.run(a, directory)
+
+
+def record(config, seed, iterations=750, budget='iterations', score=0.5, seconds=1.0):
+    return {'config': config, 'place': int(config != 'static'), 'seed': seed, 'budget': budget,
+            'iterations': iterations, 'map': score, 'seconds': seconds, 'params': 1, 'gmadds': 1,
+            'data': 'digits'}
+
+
+@pytest.mark.parametrize(('seconds', 'ends', 'expected'), [
+    (2.0, [], None),  # not asked for, or failed and so without a record
+    (2.0, [dict(error='killed')], None),
+    (2.0, [dict(map=0.4)], -0.1),
+    (1.0, [], 0.2)])  # as cheap as the first: the same
+def test_equal_time_is_told_where_it_is_known(module, seconds, ends, expected):
+    runs = [record('static', 0), record('dynamic', 0, score=0.7, seconds=seconds)]
+    runs += [{**record('dynamic', 0, 375, 'time'), **end} for end in ends]
+    row = module.summarise(runs)[1]
+    assert row['difference'][0] == pytest.approx(0.2)
+    found = row['at_equal_time']
+    assert found is None if expected is None else found[0] == pytest.approx(expected)
+
+
+def test_more_seeds_leave_the_iterations_of_equal_time(module, monkeypatch):
+    seconds = {'static': (1.0, 0.9), 'dynamic': (1.25, 1.26)}
+
+    def run_entry(entry, seed, iterations, stats, args, budget='iterations'):
+        kind = 'dynamic' if entry.place else 'static'
+        return {**record(kind, seed, iterations, budget, seconds=seconds[kind][seed]),
+                'config': entry.name}
+
+    monkeypatch.setattr(module, 'run_entry', run_entry)
+    monkeypatch.setattr(module, 'size_of', lambda entry: {})
+    for seeds in ([0], [0, 1]):
+        records = module.train_all(argparse.Namespace(
+            configs=[f'faster-rcnn_{name}_fpn_digits.py' for name in ('r18', 'od-r18-k1')],
+            seeds=seeds, iterations=750, equal_time=True, jobs=1))
+        assert [(run['seed'], run['iterations']) for run in records
+                if run['budget'] == 'time'] == [(seed, 600) for seed in seeds]
+
+
+def test_what_is_queued_when_it_is_interrupted_is_not_begun(module, monkeypatch, capsys):
+    begun, queued = [], threading.Event()
+
+    def run_entry(entry, seed, iterations, stats, args):
+        begun.append(seed)
+        if seed == 0:
+            queued.wait(10)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(0.5)  # as a training that was interrupted, too, takes to end
+        return {**record('static', seed), 'error': 'interrupted'}
+
+    monkeypatch.setattr(module, 'run_entry', run_entry)
+    monkeypatch.setattr(module, 'track', lambda runs, **options: queued.set() or runs)
+    monkeypatch.setattr(module, 'size_of', lambda entry: {})
+    monkeypatch.setattr(sys, 'argv', ['compare.py', 'faster-rcnn_r18_fpn_digits.py', '--seeds',
+                                      '0', '1', '2', '3'])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may ignore it
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    signal.signal(signal.SIGINT, before)
+    assert ended.value.code == 130 and begun == [0]
+    assert 'interrupted: run the same command again to go on' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(('other', 'differs'), [
+    (record('dynamic', 0, 250), r'iterations \(250, 750\)'),
+    ({**record('dynamic', 0), 'data': 'cells'}, r'data \(cells, digits\)'),
+    ({**record('dynamic', 0), 'place': 0}, r'the config given first \(dynamic, static\)')])
+def test_records_of_two_comparisons(module, tmp_path, monkeypatch, other, differs):
+    for name, content in (('a', record('static', 0)), ('b', other)):
+        (tmp_path / f'{name}.json').write_text(json.dumps(content))
+    monkeypatch.setattr(sys, 'argv', ['compare.py', '--redraw', str(tmp_path)])
+    with pytest.raises(SystemExit, match=f'holds records that differ in {differs}, but a table'):
+        module.main()
+    # At equal time there are fewer iterations, and as many for all seeds of a config.
+    runs = [record('static', 0), record('dynamic', 0, 600, 'time')]
+    module.check_one_comparison(runs, tmp_path)
+    with pytest.raises(InputError, match=r'iterations at equal time of dynamic \(525, 600\)'):
+        module.check_one_comparison([*runs, record('dynamic', 1, 525, 'time')], tmp_path)
 
 
 def test_data_that_are_absent(tmp_path):

@@ -1,8 +1,11 @@
 import importlib.util
 import itertools
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from pycocotools.coco import COCO
 
 SCRIPT = Path(__file__).parents[2] / 'tools/analysis_tools/report.py'
 
@@ -26,3 +29,50 @@ def test_labels_are_in_the_picture_and_do_not_collide(report):
         assert x1 >= 0 and y1 >= 0 and x2 <= 100 and y2 <= 100
     assert all(report.overlap(a, b) == 0 for a, b in itertools.combinations(labels, 2))
     assert report.overlap((0, 0, 2, 2), (1, 1, 3, 3)) == 1
+
+
+@pytest.fixture
+def figure(report, monkeypatch):
+    """What was drawn last; the tool closes its figures."""
+    monkeypatch.setattr(report.plt, 'close', lambda figure: None)
+    yield report.plt.gcf
+    monkeypatch.undo()
+    report.plt.close('all')
+
+
+def test_classes_that_were_left_out_change_no_names(report, figure, tmp_path):
+    report.plt.imsave(tmp_path / 'a.png', np.zeros((40, 40)))
+    boxes = {1: [1, 1, 9, 9], 2: [20, 1, 9, 9], 0: [1, 20, 9, 9]}
+    (tmp_path / 'val.json').write_text(json.dumps(dict(
+        images=[dict(id=1, file_name='a.png', width=40, height=40)],
+        categories=[dict(id=i, name=name) for i, name in enumerate(('animals', 'cat', 'dog'))],
+        annotations=[dict(id=i + 1, image_id=1, category_id=i, bbox=box, area=81, iscrowd=0)
+                     for i, box in boxes.items()])))
+    coco = COCO(tmp_path / 'val.json')
+    corners = [[x, y, x + w, y + h] for x, y, w, h in (boxes[1], boxes[2])]
+    predictions = [dict(img_path=str(tmp_path / 'a.png'), img_id=1, pred_instances=dict(
+        bboxes=np.array(corners, 'float32'), scores=np.ones(2, 'float32'), labels=np.arange(2)))]
+
+    def drawn(classes):
+        report.draw_predictions(predictions, coco, classes, tmp_path / 'out.png', 1, 0.5)
+        axis = figure().axes[0]
+        return {(text.get_text(), text.get_bbox_patch().get_facecolor()[:3])
+                for text in axis.texts}
+
+    right, wrong, missed = (report.plt.matplotlib.colors.to_rgb(report.KINDS[kind][0])
+                            for kind in ('right', 'wrong class', 'missed'))
+    assert drawn(('dog', 'cat')) == {('cat 1.00', right), ('dog 1.00', right)}  # the file's order
+    assert drawn(()) == {('animals 1.00', wrong), ('cat 1.00', wrong), ('animals', missed)}
+
+
+@pytest.mark.parametrize(('train', 'val', 'expected'), [
+    ({10: {'epoch': 1}, 20: {'epoch': 1}, 30: {'epoch': 2}}, {1: {}, 2: {}}, [20, 30]),
+    ({10: {}, 20: {}}, {7: {}, 20: {}}, [7, 20]),  # by iteration, not only where one is logged
+    ({10: {}, 20: {}}, {0: {}}, [20])])
+def test_evaluations_are_drawn_where_they_were(report, figure, tmp_path, train, val, expected):
+    for content in train.values():
+        content['loss'] = 1.0
+    for content in val.values():
+        content['coco/bbox_mAP'] = 0.5
+    report.draw_curves(train, val, tmp_path / 'curves.png')
+    assert list(figure().axes[1].lines[0].get_xdata()) == expected

@@ -32,6 +32,7 @@ import math
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -81,6 +82,11 @@ class Entry:
     def __init__(self, place, text):
         self.place = place  # the first is what the others are compared with
         name, *options = text.split(',')
+        for option in options:
+            if '=' not in option:
+                raise InputError(f'{text} has an option {option}, but KEY=VALUE is expected after '
+                                 'each comma: what holds a comma goes into a config file of its '
+                                 'own.')
         self.path = Path(config_path(name))
         self.options = {key: parse(value) for key, _, value in (o.partition('=') for o in options)}
         self.name = ','.join([self.path.stem, *(
@@ -112,20 +118,44 @@ def tool(name, *args, log, threads):
                        env={**os.environ, 'OMP_NUM_THREADS': str(threads)})
 
 
+def changed(config, path):
+    """The settings in which a config differs from the one at ``path``, of an earlier run."""
+    earlier, config = read_config(path).to_dict(), config.to_dict()
+    ours = {'launcher', 'resume', 'work_dir'}  # of train.py's own copy, all that older runs have
+    if earlier.get('resume'):
+        ours.add('load_from')  # which --resume empties
+    return sorted(key for key in {*earlier, *config} - ours
+                  if earlier.get(key) != config.get(key))
+
+
 def run(config, directory, threads=1, tested=False):
-    """Train and evaluate unless done: box mAP, curves, seconds, or what went wrong."""
+    """Train and evaluate unless done: box mAP, curves, seconds, or what went wrong.
+
+    Raises:
+        InputError: if the directory holds what another config, of an equal name, has trained.
+    """
     result_file = directory / 'result.json'
+    last_checkpoint = directory / 'last_checkpoint'
+    given = directory / 'given' / 'config.py'  # apart from the copy that train.py leaves
+    if result_file.is_file() or last_checkpoint.is_file():
+        earlier = [path for path in (given, directory / 'config.py') if path.is_file()]
+        differing = changed(config, earlier[0]) if earlier else []
+        if differing:
+            raise InputError(
+                f'{directory} holds a run of another config, which differs in '
+                f'{", ".join(differing)}: give another --work-dir (and --records), or the config '
+                'as it was.')
     if result_file.is_file():
         return json.loads(result_file.read_text())
-    directory.mkdir(parents=True, exist_ok=True)
+    given.parent.mkdir(parents=True, exist_ok=True)
     log = directory / 'log.txt'
-    last_checkpoint = directory / 'last_checkpoint'
     try:
-        config.dump(directory / 'config.py')
+        partial = given.with_suffix('.tmp')
+        partial.write_text(config.pretty_text, encoding='utf-8')
+        partial.replace(given)
         # mmdet's --resume forgets load_from, so it is for runs that have begun.
         resume = ['--resume'] if last_checkpoint.is_file() else []
-        tool('train.py', directory / 'config.py', '--work-dir', directory, *resume, log=log,
-             threads=threads)
+        tool('train.py', given, '--work-dir', directory, *resume, log=log, threads=threads)
         train, val = read_scalars(directory)
         if not val or max(val) < config.train_cfg.max_iters:
             return {'error': 'it was interrupted before its evaluation: remove '
@@ -136,7 +166,7 @@ def run(config, directory, threads=1, tested=False):
                   'curve': [(i, val[i]['coco/bbox_mAP']) for i in sorted(val)],
                   'loss': [(i, round(train[i]['loss'], 4)) for i in sorted(train)]}
         if tested:
-            tool('test.py', directory / 'config.py', last_checkpoint.read_text().strip(),
+            tool('test.py', given, last_checkpoint.read_text().strip(),
                  '--work-dir', directory / 'test', log=log, threads=threads)
             metrics = json.loads(max((directory / 'test').glob('*/*.json')).read_text())
             result['map'] = metrics['coco/bbox_mAP']
@@ -182,44 +212,56 @@ def size_of(entry):
     return {'params': round(stats['params'] / 1e6, 3), 'gmadds': round(stats['madds'] / 1e9, 4)}
 
 
-def affordable(records, entry, baseline, args):
-    """Iterations for which the first config's time suffices, in twentieths of the budget."""
-    seconds = {}  # of the quietest run, as in the table
-    for record in records:
-        if 'error' not in record:
-            name = record['config']
-            seconds[name] = min(record['seconds'], seconds.get(name, record['seconds']))
-    if not {entry.name, baseline.name} <= seconds.keys():
-        return args.iterations
-    share = min(1, seconds[baseline.name] / seconds[entry.name])
-    return max(1, round(20 * share) * args.iterations // 20)
-
-
-def summarise(records):
-    """A row for each config, in the order of the records; differences are to the first."""
+def finished(records):
+    """Runs that ended well: config -> budget -> seed -> record, in the order of the records."""
     groups = collections.defaultdict(lambda: collections.defaultdict(dict))
     for record in records:
         if 'error' not in record:
             groups[record['config']][record['budget']][record['seed']] = record
+    return groups
+
+
+def affordable(runs, baseline):
+    """Iterations for which the first config's time suffices, in twentieths of the budget.
+
+    Both are seed -> record, at equal iterations. The first seed's seconds count, so that more
+    seeds change no budget that others were trained for; None without a seed of both.
+    """
+    for seed, record in runs.items():
+        if seed in baseline:
+            share = min(1, baseline[seed]['seconds'] / record['seconds'])
+            return max(1, round(20 * share) * record['iterations'] // 20)
+    return None
+
+
+def summarise(records):
+    """A row for each config, in the order of the records; differences are to the first."""
+    groups = finished(records)
+    first = {record['seed']: record for record in records
+             if record['place'] == 0 and 'error' not in record}
+    baseline = {seed: record['map'] for seed, record in first.items()}
     rows = []
-    baseline = {record['seed']: record['map'] for record in records
-                if record['place'] == 0 and 'error' not in record}
     for name, budgets in groups.items():
         runs = budgets['iterations']
         if not runs:
             continue
         scores = {seed: record['map'] for seed, record in runs.items()}
-        # What costs no more than the first has had no second training.
-        timed = {seed: record['map'] for seed, record in budgets['time'].items()} or scores
-        iterations = {record['iterations'] for record in (budgets['time'] or runs).values()}
         any_run = next(iter(runs.values()))
         others = any_run['place'] > 0
+        timed = budgets['time']
+        # What costs no more than the first has no second training; if it failed, or was not asked
+        # for, nothing is known of equal time.
+        if affordable(runs, first) == any_run['iterations']:
+            timed = timed or runs
         rows.append({
             'config': name, 'seeds': sorted(runs), 'map': statistics.mean(scores.values()),
             'spread': statistics.stdev(scores.values()) if len(scores) > 1 else None,
             'difference': paired_difference(scores, baseline) if others else None,
-            'at_equal_time': paired_difference(timed, baseline) if others else None,
-            'iterations_at_equal_time': max(iterations),
+            'at_equal_time': paired_difference(
+                {seed: record['map'] for seed, record in timed.items()}, baseline
+            ) if others else None,
+            'iterations_at_equal_time': max(
+                (record['iterations'] for record in timed.values()), default=None),
             'params': any_run['params'], 'gmadds': any_run['gmadds'],
             'seconds': min(record['seconds'] for record in runs.values())})
     return rows
@@ -352,6 +394,23 @@ def report(records, directory, console):
     return rows, failed
 
 
+def check_one_comparison(records, directory):
+    """Refuse records that no one table can hold: differences between them would mean nothing."""
+    found = collections.defaultdict(set)
+    for record in records:
+        found['data'].add(record['data'])
+        found['iterations' if record['budget'] == 'iterations' else
+              f'iterations at equal time of {record["config"]}'].add(record['iterations'])
+        if record['place'] == 0:
+            found['the config given first'].add(record['config'])
+    for what, values in found.items():
+        if len(values) > 1:
+            raise InputError(
+                f'{directory} holds records that differ in {what} '
+                f'({", ".join(map(str, sorted(values)))}), but a table is of one comparison: move '
+                'those of the others to directories of their own.')
+
+
 def train_all(args):
     """Records of every config with every seed, in the order in which they were given."""
     entries = [Entry(*numbered) for numbered in enumerate(args.configs)]
@@ -367,23 +426,29 @@ def train_all(args):
         except Exception:  # the run itself says what is wrong
             stats[entry.name] = {}
     console = Console(stderr=True)
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+    pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
 
-        def results(runs, description):
-            for _ in track(concurrent.futures.as_completed(runs), description=description,
-                           total=len(runs), console=console):
-                pass
-            return [done.result() for done in runs]
+    def results(runs, description):
+        for _ in track(concurrent.futures.as_completed(runs), description=description,
+                       total=len(runs), console=console):
+            pass
+        return [done.result() for done in runs]
 
+    try:
         records = results([
             pool.submit(run_entry, entry, seed, args.iterations, stats, args)
             for seed in args.seeds for entry in entries], 'Runs')
         if args.equal_time:
-            shorter = [(entry, affordable(records, entry, baseline, args)) for entry in others]
+            done = finished(records)
+            first = done[baseline.name]['iterations']
+            shorter = [(entry, affordable(done[entry.name]['iterations'], first))
+                       for entry in others]
             records += results([
                 pool.submit(run_entry, entry, seed, iterations, stats, args, 'time')
                 for seed in args.seeds for entry, iterations in shorter
-                if iterations < args.iterations], 'At equal time')
+                if iterations and iterations < args.iterations], 'At equal time')
+    finally:  # interrupted, it would still begin whatever is queued
+        pool.shutdown(cancel_futures=True)
     return records
 
 
@@ -414,12 +479,18 @@ def main():
                 records = [json.loads(path.read_text()) for path in directory.glob('*.json')]
                 if not records:
                     raise InputError(f'{directory} holds no record of a run.')
+                check_one_comparison(records, directory)
                 records.sort(key=lambda record: (record['place'], record['seed']))
                 report(records, directory, console)
             return
         cores = len(os.sched_getaffinity(0)) // args.jobs
         args.threads = int(os.environ.get('OMP_NUM_THREADS', 0)) or max(1, cores)
-        records = train_all(args)
+        try:
+            records = train_all(args)
+        except KeyboardInterrupt:
+            print('interrupted: run the same command again to go on with what is not finished.',
+                  file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     rows, failed = report(records, args.work_dir, console)
     (args.work_dir / 'compare.json').write_text(json.dumps(

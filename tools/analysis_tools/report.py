@@ -47,7 +47,8 @@ POINT_METRICS = {
 def read_scalars(work_dir):
     """Training records and validation records of all runs in ``work_dir``, the last run's winning.
 
-    Returns two dicts: iteration -> record, and epoch -> record.
+    Returns two dicts: iteration -> record, and epoch, or iteration where logs name no epochs, ->
+    record.
     """
     train, val = {}, {}
     for path in sorted(work_dir.glob('*/vis_data/scalars.json')):
@@ -66,7 +67,9 @@ def draw_curves(train, val, path):
     figure, (loss_axis, map_axis) = plt.subplots(1, 2, figsize=(9, 3.6), layout='constrained')
     loss_axis.plot(iterations, [train[i]['loss'] for i in iterations], color='0.3')
     loss_axis.set(xlabel='iteration', ylabel='training loss', ylim=(0, None))
-    last_of_epoch = {train[i]['epoch']: i for i in iterations}
+    last_of_epoch = {train[i]['epoch']: i for i in iterations if 'epoch' in train[i]}
+    if not last_of_epoch:  # logged by iteration; 0 is where MMEngine's default puts the last of all
+        last_of_epoch = {step: step or iterations[-1] for step in val}
     epochs = sorted(epoch for epoch in val if epoch in last_of_epoch)
     for (name, kind), colour, above in zip(MAPS.items(), ('#0072b2', '#d55e00', '#0072b2'),
                                            (6, -14, 6)):
@@ -160,15 +163,18 @@ def draw_points(predictions, coco, path, images):
     plt.close(figure)
 
 
-def draw_predictions(predictions, coco, path, images, min_score):
-    """Contact sheet of the first validation images: what is right, wrong, false and missed."""
-    categories = coco.getCatIds()
+def draw_predictions(predictions, coco, classes, path, images, min_score):
+    """Contact sheet of the first validation images: what is right, wrong, false and missed.
+
+    ``classes`` are names that the detector knows; none means all that the annotations have.
+    """
+    categories = coco.getCatIds(catNms=classes)  # in the file's order, as mmdet numbers labels
     names = [category['name'] for category in coco.loadCats(categories)]
     predictions = predictions[:images]
     figure, axes = contact_sheet([prediction['img_path'] for prediction in predictions])
     for axis, prediction in zip(axes, predictions):
         found = prediction['pred_instances']
-        truth = coco.loadAnns(coco.getAnnIds(prediction['img_id'], iscrowd=False))
+        truth = coco.loadAnns(coco.getAnnIds(prediction['img_id'], categories, iscrowd=False))
         corners = [(x, y, x + w, y + h) for x, y, w, h in (one['bbox'] for one in truth)]
         image = Image(prediction['img_path'], torch.tensor(corners).reshape(-1, 4),
                       torch.tensor([categories.index(one['category_id']) for one in truth],
@@ -240,7 +246,13 @@ def main():
     metrics = read_metrics(args.work_dir)
     (args.work_dir / 'metrics.json').write_text(json.dumps(metrics, indent=1))
     draw_curves(*read_scalars(args.work_dir), args.work_dir / 'curves.png')
-    evaluator = Config.fromfile(configs[0]).test_evaluator
+    config = Config.fromfile(configs[0])
+    evaluator, dataset = config.test_evaluator, config.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    classes = dataset.get('metainfo', {}).get('classes', ())
+    if isinstance(classes, str):  # a file of names, which MMEngine takes, too
+        classes = mmengine.list_from_file(classes)
     if isinstance(evaluator, list):  # MMPose's --dump adds to it, and saves that
         evaluator = evaluator[0]
     coco = COCO(evaluator.ann_file)
@@ -248,7 +260,7 @@ def main():
     if 'keypoints' in predictions[0]['pred_instances']:
         draw_points(predictions, coco, picture, args.images)
     else:
-        draw_predictions(predictions, coco, picture, args.images, args.score)
+        draw_predictions(predictions, coco, classes, picture, args.images, args.score)
     console = Console()
     print_table(metrics, console)
     for name in ('metrics.json', 'curves.png', 'predictions.png', 'last_checkpoint'):
