@@ -5,4 +5,5 @@ model = dict(
     backbone=dict(
         type='KWResNet',
         budget='1x',
+        frozen_except='warehouse_manager',  # the release's cells train, whoever reads them
         init_cfg=dict(type='Pretrained', checkpoint='checkpoints/kw1x_resnet50.pth')))
