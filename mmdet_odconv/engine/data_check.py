@@ -132,8 +132,12 @@ def check_order(dataset: CocoDataset, content: dict) -> None:
             "the data set, and the dataset's metainfo=dict(classes=...), in one order.")
 
 
-def find_faults(dataset: CocoDataset) -> Tuple[List[str], List[str]]:
+def find_faults(dataset: CocoDataset, with_masks: bool = False) -> Tuple[List[str], List[str]]:
     """What keeps the annotations of ``dataset`` from training, and what training leaves out.
+
+    Args:
+        dataset: one data set, without its wrappers.
+        with_masks: its masks are evaluated on, whether or not it loads them.
 
     Returns:
         Two lists of phrases, such as '2 of 9 annotations have a box that ..., the first ...'.
@@ -173,7 +177,7 @@ def find_faults(dataset: CocoDataset) -> Tuple[List[str], List[str]]:
     finite = np.isfinite(boxes).all(1)
     say(faults, 'have a box that is not four finite numbers', annotations, ~finite, 'bbox')
     masks: List[Optional[str]] = []
-    if _loads_masks(dataset):
+    if with_masks or _loads_masks(dataset):
         of_image = {image['id']: image for image in images}
         masks = [_fault_of_mask(annotation, of_image.get(annotation['image_id']))
                  for annotation in annotations]
@@ -220,8 +224,8 @@ def find_faults(dataset: CocoDataset) -> Tuple[List[str], List[str]]:
         # Crowds need one too, and what is evaluated on all of those that training passes over.
         needed = np.array([kind in learnt for kind in kinds]) & (where >= 0)
         if not dataset.test_mode:
-            needed &= ~np.any([*reasons.values(), [bool(annotation.get('ignore'))
-                                                   for annotation in annotations]], axis=0)
+            ignored = np.array([bool(annotation.get('ignore')) for annotation in annotations])
+            needed &= ~np.any([*reasons.values(), ignored], axis=0)
         say(faults, 'have no segmentation, which the config learns from, and one of boxes alone, '
             'such as a Faster R-CNN, does not', annotations,
             needed & [fault == 'missing' for fault in masks])

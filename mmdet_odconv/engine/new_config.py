@@ -139,11 +139,11 @@ def _start(config: Config, weights: Optional[str]) -> Tuple[Dict[str, Any], List
                   if key in backbone}
         return dict(backbone=dict(init_cfg=None, **frozen)), []
     if '://' in weights and not weights.startswith(('http://', 'https://')):
-        cls = MODELS.get(backbone.get('type', ''))
+        cls = MODELS.get(backbone['type']) if 'type' in backbone else None
         conv_cfg = {**getattr(cls, 'dynamic_conv_cfg', {}), **(backbone.get('conv_cfg') or {})}
-        parts = cls, MODELS.get(conv_cfg.get('type', ''))
+        layer = MODELS.get(conv_cfg['type']) if 'type' in conv_cfg else None
         is_dynamic = any(isinstance(part, type) and issubclass(
-            part, (DynamicBackbone, DynamicConv2d)) for part in parts)
+            part, (DynamicBackbone, DynamicConv2d)) for part in (cls, layer))
         start = dict(init_cfg=_in_place(backbone, dict(
             type='StaticPretrained' if is_dynamic else 'Pretrained', checkpoint=weights)))
         # Gates that begin at 1 leave a static kernel, and what an optimizer does to it, as it is.
@@ -198,8 +198,9 @@ def _text(config: Config, base: str, data: Path, folders: Dict[str, Tuple[str, s
     for split in ('val', 'test'):
         given = config[f'{split}_evaluator']
         annotations, _ = folders.get(split, folders['val'])
-        coco = next((one for one in (given if isinstance(given, list) else [given])
-                     if one['type'] in ('CocoMetric', 'mmdet.CocoMetric')), {})
+        coco: Dict[str, Any] = next(
+            (one for one in (given if isinstance(given, list) else [given])
+             if one.get('type') in ('CocoMetric', 'mmdet.CocoMetric')), {})
         metric = '' if given is coco else (
             f"_delete_=True, type='CocoMetric', metric={coco.get('metric', 'bbox')!r}, ")
         lines.append(f'{split}_evaluator = dict({metric}ann_file=data_root + {annotations!r})')
@@ -249,7 +250,8 @@ def _faults_of(config: Config, folders) -> List[str]:
             dataset, = unwrapped(DATASETS.build(config[LOADERS[split]]['dataset']))
         if not reads_coco(dataset):
             continue
-        faults, left_out = find_faults(dataset)
+        evaluator = config.get(f'{split}_evaluator', {})
+        faults, left_out = find_faults(dataset, 'segm' in evaluator.get('metric', ()))
         if faults:
             raise InputError(f'{dataset.ann_file} cannot be used: {"; ".join(faults)}. Mend the '
                              'file, or take these out of it.')
