@@ -21,6 +21,7 @@ from ..checkpoints import read_weights
 from ..checkpoints.files import halved, writing
 from ..checkpoints.swapping import build_model
 from ..errors import InputError
+from ..layers import FDConv2d
 from .detector import TensorDetector
 from .operators import OPSET, linspace_of_one_step
 
@@ -76,7 +77,8 @@ def export_detector(detector: TensorDetector, path: Path, images: Sequence[Tenso
 
     Raises:
         InputError: if the file cannot be written, differs from the detector, or has a name that
-            does not end as its format's do, or if ``opset`` is too old.
+            does not end as its format's do, if ``opset`` is too old, or if it has an FDConv2d and
+            the format is not TorchScript.
     """
     if opset < OPSET:
         raise InputError(f'opset is {opset}, where at least {OPSET} was expected, the first whose '
@@ -86,6 +88,12 @@ def export_detector(detector: TensorDetector, path: Path, images: Sequence[Tenso
     if path.suffix != FORMATS[format]:
         raise InputError(f'{path} is to be of {format}, whose files end in {FORMATS[format]} here: '
                          'give such a name.')
+    if format != 'torchscript':
+        for name, module in detector.model.named_modules():
+            if isinstance(module, FDConv2d):
+                raise InputError(f'{name} is an FDConv2d, whose Fourier transform of kernels '
+                                 '(onnx) and bands of a map of any size (pt2) the exporters do '
+                                 'not take: use torchscript.')
     if half:
         detector.load_state_dict(halved(detector.state_dict()))
     with writing(path, force) as temporary, torch.no_grad(), warnings.catch_warnings():

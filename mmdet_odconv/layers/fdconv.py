@@ -145,7 +145,7 @@ class FDConv2d(DynamicConv2d):
         kernels = fourier_kernels(self.dft_weight[0], self.frequency_groups, self.kernel_shape,
                                   kernel_attention * scale, self.groups, **gates).to(x.dtype)
         geometry = self.stride, padding, self.dilation
-        if len(x) > 0:
+        if x.shape[0] > 0:
             output = convolve_images(x, kernels, *geometry, self.groups)
         else:  # all parameters stay in the graph
             output = F.conv2d(x, kernels.sum(0), None, *geometry, self.groups)
@@ -208,7 +208,7 @@ class FDAttention(ODAttention):
         logits, widths = self.logits(average, temperature)
         found = dict(zip(widths, logits.split(list(widths.values()), 1)))
         a = found.pop('kernel_attention', None)
-        a = average.new_ones(len(average), 1) if a is None else a.sigmoid() * (2 / a.shape[1])
+        a = average.new_ones(average.shape[0], 1) if a is None else a.sigmoid() * (2 / a.shape[1])
         gates = {name.replace('attention', 'logits'): value for name, value in found.items()}
         return dict(kernel_attention=a, **gates)
 

@@ -97,7 +97,7 @@ def fourier_kernels(spectrum: Tensor,
     tensors = [None if t is None else t.to(wide) for t in (
         spectrum, kernel_attention, channel_logits, filter_logits, spatial_logits, local_features,
         local_weight)]
-    if len(kernel_attention) == 0:  # no image has a kernel, but all arguments stay in the graph
+    if kernel_attention.shape[0] == 0:  # no image has a kernel, but all arguments stay in the graph
         return tensors[1].new_zeros(0, *kernel_shape) + sum(
             t.sum() for t in tensors if t is not None)
     arguments = (*tensors, frequency_groups, tuple(kernel_shape), groups)
@@ -125,8 +125,9 @@ def published_kernels(spectrum, a, c, f, s, u, w, frequency_groups, kernel_shape
     if u is not None:
         logits = w.view(groups, -1, w.shape[1]) @ _by_group(u, groups)
         gate = gate * 2 * logits.unflatten(2, (-1, kh, kw)).transpose(4, 5).sigmoid()
-    plane = plane.view(len(a), groups, -1, kh, inner, kw)
-    return (plane * gate).transpose(3, 4).reshape(len(a), *kernel_shape)
+    # shape[0] and not len(), which makes of a size that an exporter leaves open a number.
+    plane = plane.view(a.shape[0], groups, -1, kh, inner, kw)
+    return (plane * gate).transpose(3, 4).reshape(a.shape[0], *kernel_shape)
 
 
 class FourierKernels(torch.autograd.Function):
@@ -212,7 +213,7 @@ def _differentiable_gradients(ctx, grad):
 def _scale(a: Tensor, frequency_groups: Tensor) -> Tensor:
     """The attention of each frequency, (B, Cout * kh, I * kw // 2 + 1, 1)."""
     return a.index_select(1, frequency_groups.flatten().int()).view(
-        len(a), *frequency_groups.shape, 1)
+        a.shape[0], *frequency_groups.shape, 1)
 
 
 def _sum_by_group(maps: Tensor, spectrum: Tensor, frequency_groups: Tensor, group_num: int
@@ -244,12 +245,12 @@ def _multiply(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
 def _gates(a, c, f, s, kernel_shape, groups: int) -> Tuple[Tensor, Tensor]:
     """Gates of columns, (B, groups, 1, kh, I, kw), and of rows, (B, groups, rows, 1, 1, 1)."""
     out_channels, inner, kh, kw = kernel_shape
-    column = a.new_ones(len(a), groups, 1, kh, inner, kw)
-    row = a.new_ones(len(a), groups, out_channels // groups, 1, 1, 1)
+    column = a.new_ones(a.shape[0], groups, 1, kh, inner, kw)
+    row = a.new_ones(a.shape[0], groups, out_channels // groups, 1, 1, 1)
     if c is not None:
-        column = column * 2 * c.sigmoid().view(len(c), groups, 1, 1, inner, 1)
+        column = column * 2 * c.sigmoid().view(c.shape[0], groups, 1, 1, inner, 1)
     if s is not None:
-        column = column * 2 * s.sigmoid().view(len(s), 1, 1, kh, 1, kw)
+        column = column * 2 * s.sigmoid().view(s.shape[0], 1, 1, kh, 1, kw)
     if f is not None:
         row = 2 * f.sigmoid().view(row.shape)
     return column, row

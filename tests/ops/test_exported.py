@@ -8,7 +8,7 @@ import pytest
 import torch
 from reference import randomised
 
-from mmdet_odconv.layers import CondConv2d, DCDConv2d, DyConv2d, ODConv2d
+from mmdet_odconv.layers import CondConv2d, DCDConv2d, DyConv2d, FDConv2d, ODConv2d
 
 LAYERS = (ODConv2d, DyConv2d, CondConv2d, DCDConv2d)
 LAYER = pytest.mark.parametrize('layer', [
@@ -45,7 +45,8 @@ def test_traced_to_onnx(layer, batch, axes):
 @pytest.mark.parametrize(('layer', 'batch'), [
     (ODConv2d(8, 16, 3, 2, padding=1), 1), (ODConv2d(8, 8, 3, groups=8), 2),
     (DCDConv2d(8, 12, 3), None), (DCDConv2d(8, 8, 3, groups=8), None),
-    (DCDConv2d(8, 12, 3, padding='same'), None)])
+    (DCDConv2d(8, 12, 3, padding='same'), None), (FDConv2d(8, 12, 3, padding=1, fbm=False), None),
+    (FDConv2d(8, 12, 1, kernel_num=1), None)])
 def test_torch_export(layer, batch):
     """With any height and width, and a batch that is a constant or (None) is not."""
     layer = randomised(layer).eval()

@@ -177,6 +177,13 @@ def test_what_cannot_be_exported_is_named(root, export):
         "_base_ = './faster.py'\nmodel = dict(test_cfg=dict(rcnn=dict(nms=dict(type='soft_nms'))))")
     assert refused('soft.py', 'faster.pth').startswith(
         "error: The test_cfg of the roi_head has nms={'type': 'soft_nms', 'iou_threshold': 0.5}, w")
+    (root / 'fd.py').write_text(
+        "_base_ = './faster.py'\nmodel = dict(backbone=dict(kernel_num=4, conv_cfg=dict("
+        "type='FDConv2d')))")
+    config = Config.fromfile(root / 'fd.py')
+    torch.save(build_model(config).state_dict(), root / 'fd.pth')
+    assert re.match(r'error: backbone\.\S+ is an FDConv2d, whose Fourier transform of kernels',
+                    refused('fd.py', 'fd.pth'))
     assert refused('faster.py', 'mask.pth', '--opset', '15').startswith(
         'error: opset is 15, where at least 16')
     assert refused('faster.py', 'faster.pth', '--format', 'torchscript', '--half').startswith(
