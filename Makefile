@@ -17,9 +17,7 @@ EXTRAS := quickstart,tests,deploy,imagenet
 endif
 MMCV := $(shell grep mmcv $(REQUIREMENTS))
 BIN := $(VENV)/bin
-# Conflicts are checked once, at the end. Of 17,000 files of Python a fifth is ever imported: those
-# are compiled then, not all of them here, which would take as long as unpacking them.
-PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-warn-conflicts --no-compile
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-warn-conflicts  # checked once
 CONFIG := $(MODEL)-rcnn_od-r18-k4_fpn_digits.py
 PRETRAINED := faster-rcnn_od-r18-k1-pretrained_fpn_digits.py
 POSE ?= dy-r18-k4
