@@ -26,6 +26,7 @@ def convolve_images(input: Tensor, kernels: Tensor, stride=1, padding=0, dilatio
     Returns:
         (B, Cout, Hout, Wout).
     """
+    given = padding
     if isinstance(padding, str):
         padding, widths = resolve_padding(constants(kernels.shape[3:]), pair(stride), padding,
                                           pair(dilation))
@@ -34,7 +35,7 @@ def convolve_images(input: Tensor, kernels: Tensor, stride=1, padding=0, dilatio
         return exported_convolve_images(input, kernels, stride, padding, dilation, groups)
     if len(input) == 0:
         return F.conv2d(input, kernels.sum(0), None, stride, padding, dilation, groups)
-    way = choose_way(input, kernels.shape[1:], stride, padding, dilation, groups)
+    way = choose_way(input, kernels.shape[1:], stride, given, dilation, groups)
     if way == 'product':
         output = kernels.flatten(2) @ input.flatten(2)
         return output.view(len(input), -1, *input.shape[2:])
@@ -82,6 +83,8 @@ def choose_way(input: Tensor, kernel_shape, stride, padding, dilation, groups: i
     """'images', 'grouped' or 'product': that of least :func:`way_costs`."""
     if is_traced():
         return 'grouped'  # a compiler sees one convolution, and vmap has a rule for it
+    if isinstance(padding, str):
+        return 'images'
     return _cheapest_way(machine_of(input), input.element_size(), tuple(input.shape),
                          tuple(kernel_shape), pair(stride), pair(padding), pair(dilation), groups)
 
