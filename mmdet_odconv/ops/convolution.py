@@ -26,16 +26,15 @@ def convolve_images(input: Tensor, kernels: Tensor, stride=1, padding=0, dilatio
     Returns:
         (B, Cout, Hout, Wout).
     """
-    given = padding
-    if isinstance(padding, str):
-        padding, widths = resolve_padding(constants(kernels.shape[3:]), pair(stride), padding,
-                                          pair(dilation))
-        input = input if widths is None else F.pad(input, widths)
     if is_exporting():
+        if isinstance(padding, str):  # which conv2d knows, and unfold does not
+            padding, widths = resolve_padding(constants(kernels.shape[3:]), pair(stride), padding,
+                                              pair(dilation))
+            input = input if widths is None else F.pad(input, widths)
         return exported_convolve_images(input, kernels, stride, padding, dilation, groups)
     if len(input) == 0:
         return F.conv2d(input, kernels.sum(0), None, stride, padding, dilation, groups)
-    way = choose_way(input, kernels.shape[1:], stride, given, dilation, groups)
+    way = choose_way(input, kernels.shape[1:], stride, padding, dilation, groups)
     if way == 'product':
         output = kernels.flatten(2) @ input.flatten(2)
         return output.view(len(input), -1, *input.shape[2:])
