@@ -8,7 +8,7 @@ model = dict(
         type='KWMobileNetV2',
         budget='1x',
         out_indices=(1, 2, 4, 7),
-        frozen_stages=2,  # the releases' 1, which counts from 0 the stages that the pyramid reads
+        frozen_stages=2,  # the releases' 1: up to the first map that the pyramid reads
         frozen_except='warehouse_manager',  # the release's cells train, whoever reads them
         norm_eval=True,
         init_cfg=dict(type='Pretrained', checkpoint='checkpoints/kw1x_mobilenetv2_100.pth')),

@@ -6,7 +6,7 @@ model = dict(
         _delete_=True,
         type='MobileNetV2',
         out_indices=(1, 2, 4, 7),
-        frozen_stages=2,  # the releases' 1, which counts from 0 the stages that the pyramid reads
+        frozen_stages=2,  # the releases' 1: up to the first map that the pyramid reads
         norm_eval=True,
         init_cfg=dict(type='Pretrained', checkpoint='open-mmlab://mmdet/mobilenet_v2')),
     neck=dict(in_channels=[24, 32, 96, 1280]))
