@@ -45,7 +45,10 @@ def build(name):
         stages = config.train_cfg.rcnn
         for stage in stages if isinstance(stages, list) else [stages]:
             stage.sampler.num = 32
-    return MODELS.build(config)
+    model = MODELS.build(config)
+    if hasattr(model, 'level_embed'):
+        torch.nn.init.normal_(model.level_embed)  # which is whatever the memory held
+    return model
 
 
 def test_every_config_name_is_unique():
