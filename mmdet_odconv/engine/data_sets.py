@@ -136,16 +136,19 @@ def use_data(config: Config, root: Path) -> Dict[str, int]:
             classes = names
         check_categories(split, [name for name in names if name in classes], classes)
         config[loader] = copy.deepcopy(config[loader])  # val's may be the very same as test's
-        dataset = config[loader]['dataset']
-        while 'dataset' in dataset:
-            dataset = dataset['dataset']
-        dataset.update(data_root=f'{root}/', ann_file=annotations, data_prefix=dict(img=folder),
-                       metainfo=dict(classes=classes))
+        nested(config[loader]['dataset'])[-1].update(
+            data_root=f'{root}/', ann_file=annotations, data_prefix=dict(img=folder),
+            metainfo=dict(classes=classes))
         if split != 'train':
             config[f'{split}_evaluator'] = dict(config[f'{split}_evaluator'],
                                                 ann_file=str(root / annotations))
     set_num_classes(config.model, len(classes))
     return images
+
+
+def nested(dataset: dict) -> List[dict]:
+    """The config of a data set after those of its wrappers, RepeatDataset and its like."""
+    return [dataset, *nested(dataset['dataset'])] if 'dataset' in dataset else [dataset]
 
 
 def set_num_classes(part, num_classes: int) -> int:

@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import io
+import math
 import os
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
@@ -23,6 +24,7 @@ from .data_sets import (
     check_categories,
     convert_voc,
     find_splits,
+    nested,
     read_split,
     set_num_classes,
 )
@@ -184,15 +186,13 @@ def _text(config: Config, base: str, data: Path, folders: Dict[str, Tuple[str, s
             continue
         dataset = ('\n    data_root=data_root, metainfo=metainfo,\n'
                    f'    ann_file={annotations!r}, data_prefix=dict(_delete_=True, img={images!r})')
-        inner, wrappers = config[loader]['dataset'], 0
-        while 'dataset' in inner:
-            inner, wrappers = inner['dataset'], wrappers + 1
+        *wrappers, inner = nested(config[loader]['dataset'])
         if 'datasets' in inner:
             raise InputError(f'{base} trains on several data sets in one ({inner["type"]}): give '
                              'one with a single data set.')
         if inner['type'] not in ('CocoDataset', 'mmdet.CocoDataset'):
             dataset = f"\n    type='CocoDataset',{dataset}"
-        for _ in range(wrappers + 1):
+        for _ in range(len(wrappers) + 1):
             dataset = f'dataset=dict({dataset})'
         lines.append(f'{loader} = dict({dataset})')
     for split in ('val', 'test'):
@@ -282,9 +282,8 @@ def _length(config: Config, train: Split) -> List[str]:
     epochs, batch = config.train_cfg.get('max_epochs'), config.train_dataloader.get('batch_size')
     if not epochs or not batch:
         return []
-    images, dataset = train.images - train.empty, config.train_dataloader.dataset
-    while 'dataset' in dataset:
-        images, dataset = images * dataset.get('times', 1), dataset['dataset']
+    times = (wrapper.get('times', 1) for wrapper in nested(config.train_dataloader.dataset))
+    images = math.prod(times, start=train.images - train.empty)
     iterations = epochs * -(-images // batch)
     warm_up = max((step.get('end', 0) for step in config.get('param_scheduler') or []
                    if step.get('type') == 'LinearLR' and not step.get('by_epoch', True)),

@@ -27,6 +27,7 @@ from matplotlib.lines import Line2D  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
 
 from mmdet_odconv.deployment.attentions import Image, judge  # noqa: E402
+from mmdet_odconv.engine.data_sets import nested  # noqa: E402
 
 # What each is drawn as, of colours that a colour-blind reader tells apart (Okabe and Ito).
 KINDS = {'right': ('#56b4e9', '-'), 'wrong class': ('#f0e442', '-'), 'false': ('#e69f00', '--'),
@@ -247,10 +248,8 @@ def main():
     (args.work_dir / 'metrics.json').write_text(json.dumps(metrics, indent=1))
     draw_curves(*read_scalars(args.work_dir), args.work_dir / 'curves.png')
     config = Config.fromfile(configs[0])
-    evaluator, dataset = config.test_evaluator, config.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
-    classes = dataset.get('metainfo', {}).get('classes', ())
+    evaluator = config.test_evaluator
+    classes = nested(config.test_dataloader.dataset)[-1].get('metainfo', {}).get('classes', ())
     if isinstance(classes, str):  # a file of names, which MMEngine takes, too
         classes = mmengine.list_from_file(classes)
     if isinstance(evaluator, list):  # MMPose's --dump adds to it, and saves that
