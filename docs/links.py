@@ -44,10 +44,12 @@ def on_page_markdown(markdown, page, **_):
         target = (folder / path).resolve()
         if path.endswith('.ipynb'):  # a page of the site
             return f'[{text}]({link.replace(".ipynb", ".md")})'
-        if not path or '://' in link or target.is_relative_to(DOCS) and folder != ROOT:
+        is_record = DOCS / 'results' in target.parent.parents  # kept out of the site
+        if not path or '://' in link or (
+                target.is_relative_to(DOCS) and folder != ROOT and not is_record):
             return found.group(0)
         inside = target.relative_to(ROOT)
-        if inside.parts[0] == 'docs':
+        if inside.parts[0] == 'docs' and not is_record:
             return f'[{text}]({inside.relative_to("docs").as_posix()})'
         if inside.parts[0] == 'resources':
             up = '../' * (len(Path(page.file.src_uri).parts) - 1)

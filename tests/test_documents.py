@@ -1,6 +1,7 @@
 """Links, commands and code in the documents: what they name is there, and is what tests run."""
 import ast
 import importlib
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -40,6 +41,15 @@ def commands(text):
         r'(?<!`)`((?:mim|mmdet_odconv|python|make|torchrun) [^`]+)`(?!`)', text)]
 
 
+def expanded(word):
+    """What a shell makes of {a,b} in a word."""
+    found = re.search(r'\{([^{}]*,[^{}]*)\}', word)
+    if not found:
+        return [word]
+    return list(itertools.chain(*(expanded(word[:found.start()] + part + word[found.end():])
+                                  for part in found[1].split(','))))
+
+
 @pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_commands_name_tools_targets_and_configs_that_are_there(document):
     targets = set(re.findall(r'^([a-z-]+):', (ROOT / 'Makefile').read_text(), re.MULTILINE))
@@ -54,7 +64,7 @@ def test_commands_name_tools_targets_and_configs_that_are_there(document):
         if words[:1] == ['make']:
             wanted = {word for word in words[1:] if '=' not in word}
             assert wanted <= targets, line
-        for word in words:
+        for word in itertools.chain(*map(expanded, words)):
             name = Path(word.split(',')[0]).name
             if name.endswith('.py') and '{' not in word and '/' not in word:
                 known = NAMES | THEIRS | {path.name for path in TOOLS.rglob('*.py')}
