@@ -56,9 +56,12 @@ class DynamicBackbone(BaseModule):
         for argument, value in (('dynamic_convs', pattern), ('frozen_except', frozen_except)):
             try:
                 re.compile(value or '')
-            except re.error as error:
+            except (re.error, TypeError) as error:
                 raise InputError(f'{argument}={value!r} is no regular expression '
                                  f'({error}).') from error
+        if not isinstance(conv_cfg, (dict, type(None))):
+            raise InputError(f"conv_cfg must be a dict such as dict(type='ODConv2d'), got "
+                             f'{conv_cfg!r}')
         replaced = self.make_dynamic(pattern,
                                      {**self.dynamic_conv_cfg, **given, **(conv_cfg or {})})
         if not replaced:

@@ -74,9 +74,11 @@ class WarehouseBackbone(DynamicBackbone):
         raise NotImplementedError
 
     def freeze_whole_stages(self) -> None:
+        trained = [layer for layer in self.modules() if isinstance(layer, KWConv2d)
+                   and layer.attention.fc1.weight.requires_grad]  # or else somebody froze that
         super().freeze_whole_stages()
-        for layer in self.modules():
-            if isinstance(layer, KWConv2d) and not layer.attention.fc1.weight.requires_grad:
+        for layer in trained:
+            if not layer.attention.fc1.weight.requires_grad:
                 layer.warehouse.cells.requires_grad_(False)
 
 

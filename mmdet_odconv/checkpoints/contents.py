@@ -5,6 +5,7 @@ The unpickler runs nothing. But MMEngine executes the text of the config that a 
 names as its best file (``CheckpointHook``).
 """
 import ast
+import inspect
 import logging
 import os
 import sys
@@ -14,14 +15,13 @@ from typing import Any, Iterator, Mapping, Optional, Tuple
 import torch
 from mmengine.logging import print_log
 from mmengine.registry import Registry, root
-from mmengine.utils import get_object_from_string
 from torch import Tensor
 
 from ..errors import InputError
 
 # Where MMEngine looks for dicts with names as keys.
 DICTS = ('state_dict', 'meta', 'meta.dataset_meta', 'message_hub', 'message_hub.log_scalars',
-         'message_hub.runtime_info', 'message_hub.resumed_keys', 'optimizer')
+         'message_hub.runtime_info', 'message_hub.resumed_keys')
 # Texts that MMEngine executes as configs.
 CONFIGS = ('meta.config', 'meta.cfg', 'message_hub.runtime_info.cfg')
 LONGEST = 1 << 22  # characters of such a text
@@ -129,6 +129,8 @@ def check_resumable(checkpoint: dict) -> None:
                if not (type(meta.get(name)) is int and meta[name] >= 0)]
     lacking += [path for path in DICTS
                 if path.startswith('message_hub') and _holder(checkpoint, path)[0] is None]
+    if not isinstance(checkpoint.get('optimizer', {}), Mapping):
+        lacking.append('an optimizer that is a dict')
     if lacking:
         raise InputError(f'The checkpoint holds no run to resume, for want of {lacking[0]}: give '
                          'one that training saved, or start from its weights by load_from.')
@@ -198,10 +200,25 @@ def _is_here(name: str) -> bool:
             for registry in registries):
         return True
     if package in ('mmcv', 'torch', *(registry.scope for registry in registries)):
-        found = get_object_from_string(name)  # as MMEngine reads the names of pure Python configs
+        found = _imported(name)
         return any(found is kind for registry in registries
                    for kind in registry.module_dict.values())
     try:
         return find_spec(package) is None
     except ValueError:
         return False
+
+
+def _imported(name: str):
+    """What a dotted name, as pure Python configs have, stands for among imported modules, or None.
+
+    MMEngine's own look-up would import what the file names, and getattr what a module answers for.
+    """
+    parts = name.split('.')
+    for count in range(len(parts), 0, -1):
+        found: Any = sys.modules.get('.'.join(parts[:count]))
+        if found is not None:
+            for part in parts[count:]:
+                found = inspect.getattr_static(found, part, None)
+            return found
+    return None

@@ -38,6 +38,18 @@ def load_detector(config: Config, checkpoint: str) -> Tuple[BaseDetector, Sequen
         InputError: if the weights are not those of the config's detector.
     """
     model = build_model(config)
+    whole = load_weights(model, checkpoint)
+    model.eval()
+    meta = (whole.get('meta') or {}).get('dataset_meta') or {}
+    return model, tuple(meta.get('classes') or meta.get('CLASSES') or ())
+
+
+def load_weights(model: BaseDetector, checkpoint: str) -> dict:
+    """Load all of a detector's weights, none of them left as it was; the checkpoint's content.
+
+    Raises:
+        InputError: if they are another detector's.
+    """
     state, whole = read_weights(checkpoint)
     try:
         missing = model.load_state_dict(state, strict=False).missing_keys
@@ -48,9 +60,7 @@ def load_detector(config: Config, checkpoint: str) -> Tuple[BaseDetector, Sequen
     if missing:
         raise InputError(f'{checkpoint} lacks {len(missing)} tensors of the config, such as '
                          f'{missing[0]}: give the config that it was trained with.')
-    model.eval()
-    meta = (whole.get('meta') or {}).get('dataset_meta') or {}
-    return model, tuple(meta.get('classes') or meta.get('CLASSES') or ())
+    return whole
 
 
 def export_detector(detector: TensorDetector, path: Path, images: Sequence[Tensor],

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..layers.attention import PooledLinear
 from ..layers.base import DynamicConv2d
 
+NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
 STATIC = (nn.Conv2d, EmptySafeConv2d)  # exactly: a subclass may change its weights on the way
 
 
@@ -152,12 +153,14 @@ def _refuse_misfused(name: str, module: nn.Module) -> None:
     children = list(module.named_children())
     for (child_name, child), (_, after) in zip(children, children[1:]):
         if type(child) in STATIC:
-            last = child_name if type(after) is not nn.Identity else None
+            # mmcv leaves a bias in what it folds a norm into.
+            is_fused = child.bias is not None and type(after) is not nn.Identity
+            last = child_name if is_fused else None
         elif isinstance(child, DynamicConv2d) and last and type(after) is nn.Identity:
             prefix = f'{name}.' if name else ''
             raise ValueError(
                 f"mmcv's fuse_conv_bn put the norm of {prefix}{child_name} into {prefix}{last}, "
                 'which mmcv took for the convolution before it: load the model again and call '
                 'mmdet_odconv.fuse, which folds the norms of static convolutions too.')
-        elif isinstance(child, _BatchNorm):
+        elif isinstance(child, NORMS):
             last = None

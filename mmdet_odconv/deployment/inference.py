@@ -1,7 +1,7 @@
 """Detections on one's own pictures and videos, and the plugin's configs by name."""
 import json
 from pathlib import Path
-from typing import Optional
+from typing import Dict, Optional
 
 import cv2
 import mmcv
@@ -11,6 +11,7 @@ from rich.progress import track
 from ..checkpoints import read_weights
 from ..engine.launch import find_config
 from ..errors import InputError
+from .export import load_weights
 
 CODECS = {'.mp4': 'mp4v', '.avi': 'MJPG'}  # of videos, by how their files end
 
@@ -55,19 +56,35 @@ def detect(inputs: str, config: str, weights: str, out_dir: str, score: float = 
         The number of images or frames.
 
     Raises:
-        InputError: if there is no image, or a file of that kind cannot be read.
+        InputError: if there is no image, or a file of that kind cannot be read; if the weights are
+            not those of the config's detector; if the inputs would be written over, or two
+            images' predictions be one file.
     """
-    from mmdet.apis import DetInferencer  # slow to import
+    from mmdet.apis.det_inferencer import IMG_EXTENSIONS, DetInferencer  # slow to import
     if not Path(inputs).exists():
         raise InputError(f'{inputs} does not exist: give an image, a folder of images or a video.')
+    kind = Path(inputs).suffix.lower()
+    if Path(inputs).is_file() and kind not in (*IMG_EXTENSIONS, *CODECS):
+        raise InputError(f'{inputs} is neither an image nor a video in MP4 or AVI: convert it.')
     path = config_path(config)
     read_weights(weights)  # which refuses in one sentence what MMEngine fails on or only logs
+    source = Path(inputs) if Path(inputs).is_dir() else Path(inputs).parent
+    if source.resolve() == (Path(out_dir) / 'vis').resolve():
+        raise InputError(f'{source} is where pictures with detections are written: give another '
+                         '--out, since they would take the place of your own.')
     inferencer = DetInferencer(path, weights, device)
-    if Path(inputs).suffix.lower() in CODECS:
+    load_weights(inferencer.model, weights)  # of which MMEngine only logs what does not fit
+    if kind in CODECS:
         return _detect_in_video(inferencer, Path(inputs), Path(out_dir), score)
     files = inferencer._inputs_to_list(str(inputs))
     if not files:
         raise InputError(f'{inputs} holds no image: give an image, a folder of images or a video.')
+    first: Dict[str, str] = {}
+    for file in files:
+        other = first.setdefault(Path(file).stem, file)
+        if other != file:
+            raise InputError(f'Predictions of {file} and {other} would be one file, '
+                             f'preds/{Path(file).stem}.json: rename one of them.')
     inferencer(files, batch_size=batch_size, out_dir=str(out_dir), pred_score_thr=score,
                no_save_pred=False)
     return len(files)

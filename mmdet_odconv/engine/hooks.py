@@ -5,6 +5,7 @@ import os
 import re
 from typing import List
 
+from mmdet.datasets.samplers import MultiSourceSampler
 from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_world_size
 from mmengine.hooks import CheckpointHook, Hook
@@ -51,7 +52,7 @@ class AnnealingHook(Hook):
         loader = runner.train_dataloader
         length = len(loader)
         # The length of a sampler without an end is the whole data set's in each process.
-        if isinstance(getattr(loader, 'sampler', None), InfiniteSampler):
+        if isinstance(getattr(loader, 'sampler', None), (InfiniteSampler, MultiSourceSampler)):
             length = math.ceil(length / get_world_size())
         epoch = runner.iter / length
         progress = min(1.0, (int(epoch) if self.by_epoch else epoch) / self.end_epoch)

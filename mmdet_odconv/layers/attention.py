@@ -56,8 +56,8 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
 
 def hidden_channels(in_channels: int, reduction: float, at_least: int) -> int:
     """Width of an attention's hidden layer; ValueError if reduction is not in (0, 1]."""
-    if not 0 < reduction <= 1:
-        raise ValueError(f'reduction must be in (0, 1], got {reduction}')
+    if not isinstance(reduction, (int, float)) or not 0 < reduction <= 1:
+        raise ValueError(f'reduction must be in (0, 1], got {reduction!r}')
     return max(int(in_channels * reduction), at_least)
 
 

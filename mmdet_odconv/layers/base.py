@@ -72,6 +72,8 @@ class DynamicConv2d(nn.Module):
                  temperature: float = 1.0,
                  init: str = 'zero') -> None:
         super().__init__()
+        if not isinstance(kernel_num, int):
+            raise ValueError(f'kernel_num must be a whole number, got {kernel_num!r}')
         if kernel_num < 1:
             raise ValueError(f'kernel_num must be at least 1, got {kernel_num}')
         if init not in INITS:
@@ -113,8 +115,8 @@ class DynamicConv2d(nn.Module):
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        if not value > 0:
-            raise ValueError(f'temperature must be greater than 0, got {value}')
+        if not isinstance(value, (int, float)) or not value > 0:
+            raise ValueError(f'temperature must be greater than 0, got {value!r}')
         self._temperature = float(value)
 
     def make_bank(self, device, dtype) -> None:

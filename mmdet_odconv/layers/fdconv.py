@@ -90,12 +90,21 @@ class FDConv2d(DynamicConv2d):
             placed(module, device, dtype)
 
     def make_bank(self, device, dtype) -> None:
+        shape = self._frequency_groups().shape
+        self.dft_weight = nn.Parameter(torch.empty(1, *shape, 2, device=device, dtype=dtype))
+        self.register_buffer('frequency_groups', None, persistent=False)
+        self._place_groups()
+
+    def _frequency_groups(self) -> Tensor:
         out_channels, inner, kh, kw = self.kernel_shape
-        groups = frequency_groups(out_channels * kh, inner * kw, self.kernel_num)
-        self.dft_weight = nn.Parameter(
-            torch.empty(1, *groups.shape, 2, device=device, dtype=dtype))
-        self.register_buffer('frequency_groups', groups.to(self.dft_weight.device),
-                             persistent=False)
+        return frequency_groups(out_channels * kh, inner * kw, self.kernel_num)
+
+    def _place_groups(self) -> None:
+        self.frequency_groups = self._frequency_groups().to(self.dft_weight.device)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._place_groups()  # which are in no file, and of a layer made on 'meta' nowhere else
 
     @property
     def attention(self) -> 'FDAttention':  # type: ignore[override]  # registered as released

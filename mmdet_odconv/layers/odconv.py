@@ -164,13 +164,19 @@ def build_pooled_norm(cfg: dict, channels: int) -> nn.Module:
         ValueError: for another type, or for groups that leave one value to normalise.
     """
     norm: nn.Module
+    if not isinstance(cfg, dict):
+        raise ValueError(f"norm_cfg of the attention must be a dict such as dict(type='LN'), got "
+                         f'{cfg!r}')
     cfg = dict(cfg)
     kind = cfg.pop('type', None)
     requires_grad = cfg.pop('requires_grad', True)
     if kind in ('BN', 'SyncBN'):
         norm = (nn.BatchNorm2d if kind == 'BN' else nn.SyncBatchNorm)(channels, **cfg)
     elif kind in ('GN', 'LN'):
-        num_groups = 1 if kind == 'LN' else cfg.pop('num_groups', math.gcd(channels, 4))
+        num_groups = cfg.pop('num_groups', 1 if kind == 'LN' else math.gcd(channels, 4))
+        if kind == 'LN' and num_groups != 1:
+            raise ValueError('norm_cfg of the attention: LN has one group, got num_groups='
+                             f"{num_groups}: take type='GN'")
         if num_groups < 1 or channels % num_groups or channels == num_groups:
             raise ValueError('norm_cfg of the attention: num_groups must divide its '
                              f'{channels} channels and be smaller, got {num_groups}')
@@ -186,8 +192,8 @@ def normalise_pooled(norm: nn.Module, x: Tensor) -> Tensor:
 
     Batch statistics of fewer than two pooled values do not exist: use the running ones.
     """
-    scale = getattr(norm, 'weight', None)  # a norm that is folded has none
-    if scale is not None and x.dtype == torch.float32 and scale.dtype == torch.float16:
+    own = next((t for t in (*norm.parameters(), *norm.buffers()) if t.is_floating_point()), None)
+    if own is not None and x.dtype == torch.float32 and own.dtype == torch.float16:
         return normalise_pooled(norm, x.half()).float()
     if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
         alone = norm.training and len(x) < 2 and not _is_synchronised(norm)

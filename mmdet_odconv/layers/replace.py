@@ -51,11 +51,16 @@ def replace_convs(model: nn.Module, chosen: Union[str, Callable[[str], bool]], c
     if geometry:
         raise ValueError(f'conv_cfg has {", ".join(geometry)}, in which a dynamic convolution '
                          'follows the one in whose place it comes: leave it out.')
-    is_chosen: Callable[[str], object] = (
-        re.compile(chosen).fullmatch if isinstance(chosen, str) else chosen)
+    try:
+        is_chosen: Callable[[str], object] = (
+            re.compile(chosen).fullmatch if isinstance(chosen, str) else chosen)
+    except re.error as error:
+        raise ValueError(f'{chosen!r} is no regular expression ({error}).') from error
     # Exactly nn.Conv2d: a subclass, such as a deformable convolution, has a reason to be there.
-    found = [(name, module) for name, module in model.named_modules(remove_duplicate=False)
-             if type(module) is nn.Conv2d and is_chosen(name)]
+    convs = [(name, module) for name, module in model.named_modules(remove_duplicate=False)
+             if type(module) is nn.Conv2d]
+    picked = {conv for name, conv in convs if is_chosen(name)}  # under all of its names, then
+    found = [(name, conv) for name, conv in convs if conv in picked]
     replacement: Dict[nn.Module, nn.Module] = {}
     if any(conv is model for _, conv in found):
         raise ValueError('the model is itself a convolution, in which nothing can be replaced: '

@@ -90,16 +90,21 @@ class Warehouse:
         For a budget of b >= 1 each mixture begins as the first of b cells; below 1, one in
         r = 1 / b mixtures has a cell, and the others begin as zeros.
         """
-        cells, step, each = len(self.cells), max(int(self.budget), 1), inverse(self.budget)
+        cells = len(self.cells)
         own = slice(self.taken, self.taken + own_cells(count, self.budget))
         if own.stop > cells:
             raise ValueError(f'a warehouse of {cells} cells has none left for one more layer of '
                              f'{count} mixtures: give all kernel_shapes when it is added')
         self.taken = own.stop
+        return own, self.beta(count, own)
+
+    def beta(self, count: int, own: slice) -> Tensor:
+        """The beta of a layer of so many mixtures with these cells of its own."""
+        step, each = max(int(self.budget), 1), inverse(self.budget)
         having = [i for i in range(count) if i % each == i // each % each]
-        beta = torch.zeros(count, cells)
+        beta = torch.zeros(count, len(self.cells))
         beta[having, range(own.start, own.stop, step)] = 1
-        return own, beta
+        return beta
 
 
 def own_cells(count: int, budget: float) -> int:
@@ -217,6 +222,10 @@ class KWConv2d(DynamicConv2d):
                 "convert static ones (init_cfg=dict(type='StaticPretrained', checkpoint=...)), or "
                 'give none (init_cfg=None, frozen_stages=-1) to train from scratch.')
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        # It is in no file, and of a layer made on 'meta' nowhere else.
+        attention = self.attention
+        attention.beta = self.warehouse.beta(attention.mixtures, self.own).to(
+            attention.fc1.weight)
 
     def convolve(self, x: Tensor, padding, *,  # type: ignore[override]  # of its own attention
                  cell_attention: Tensor) -> Tensor:

@@ -128,14 +128,17 @@ def _all_waves(input: Tensor) -> Tuple[List[Tensor], List[Tensor]]:
 
 
 def _waves(size: int, like: Tensor) -> List[Tensor]:
-    """The constant, and a cosine and a sine of each frequency, as orthonormal columns."""
+    """The constant, and a cosine and a sine of each frequency, as orthonormal columns.
+
+    No function of :mod:`math` is given the size, of which it would make a number under a tracer.
+    """
     highest = cutoffs(size)
     cycles = torch.arange(1, highest[0] + 1, device=like.device)
     # The angle modulo a turn, exactly: of large ones a cosine is not.
     turns = torch.arange(size, device=like.device)[:, None] * cycles % size
     angles = turns.to(torch.float64) * (2 * math.pi / size)
-    pairs = torch.stack([angles.cos(), angles.sin()], 2).flatten(1) * math.sqrt(2 / size)
-    constant = pairs.new_full((size, 1), 1 / math.sqrt(size))
+    pairs = torch.stack([angles.cos(), angles.sin()], 2).flatten(1) * (2 / size)**0.5
+    constant = pairs.new_full((size, 1), (1 / size)**0.5)
     waves = torch.cat([constant, pairs], 1).to(like.dtype)
     return [waves[:, :1 + 2 * count] for count in highest]
 

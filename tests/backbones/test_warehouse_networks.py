@@ -135,6 +135,31 @@ def test_a_frozen_stage_freezes_its_cells(name, frozen):
     assert torch.equal(before, after)
 
 
+def test_cells_train_where_somebody_froze_the_attention():
+    model = KWResNet(18, frozen_stages=-1)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_('.attention.' not in name)
+    for mode in (False, True):
+        model.train(mode)
+        assert all(cells.requires_grad for cells in model.warehouse_manager.weights)
+
+
+def test_what_is_in_no_file_is_made_anew_when_weights_are_loaded():
+    source = KWResNet(18)
+    source.warehouse_manager.tau.fill_(0.5)
+    with torch.device('meta'):
+        model = KWResNet(18)
+    model = model.to_empty(device='cpu')
+    for buffer in model.buffers():
+        buffer.fill_(77)  # as memory may
+    model.load_state_dict(source.state_dict())
+    for network in (model, source):
+        network.eval()
+    x = torch.randn(1, 3, 32, 32)
+    for found, expected in zip(model(x), source(x)):
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize(('excepted', 'frozen'), [
     (None, {0}), ('attention', {0}), (r'warehouse_manager\.weights\.0', set())])
 def test_cells_are_excepted_by_their_own_names(excepted, frozen):

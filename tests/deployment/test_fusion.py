@@ -90,6 +90,15 @@ def test_a_norm_goes_into_its_own_convolution():
     torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_an_identity_that_never_was_a_norm():
+    for between in (nn.GroupNorm(2, 8), nn.ReLU()):
+        model = randomised(nn.Sequential(
+            nn.Conv2d(4, 8, 1, bias=False), between, ODConv2d(8, 8, 3), nn.Identity())).eval()
+        x = torch.randn(2, 4, 6, 6)
+        expected = model(x)
+        torch.testing.assert_close(fuse(model)(x), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_training_mode_is_refused_and_changes_nothing():
     model = nn.Sequential(ODConv2d(4, 8, 3), nn.BatchNorm2d(8)).eval()
     state = copy.deepcopy(model.state_dict())

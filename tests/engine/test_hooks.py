@@ -4,10 +4,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mmdet.datasets import CocoDataset, ConcatDataset, MultiImageMixDataset
+from mmdet.datasets.samplers import MultiSourceSampler
 from mmengine.dataset import ClassBalancedDataset, InfiniteSampler, RepeatDataset
 from mmengine.dataset import ConcatDataset as MMEngineConcatDataset
 from mmengine.logging import MessageHub
 from torch import nn
+from torch.utils.data import ConcatDataset as TorchConcatDataset
 from torch.utils.data import DataLoader, TensorDataset
 
 from mmdet_odconv import (
@@ -48,7 +50,9 @@ def test_epochs_of_a_sampler_without_an_end_are_all_processes(monkeypatch):
     monkeypatch.setattr('mmdet_odconv.engine.hooks.get_world_size', lambda: 2)
     runner, hook = FakeRunner(iteration=5), TemperatureAnnealingHook(begin=31, end_epoch=3)
     images = TensorDataset(torch.zeros(10, 1))
-    for sampler, expected in ((InfiniteSampler(images), 21), (None, 26)):
+    halves = TorchConcatDataset([images, images])
+    endless = MultiSourceSampler(halves, batch_size=1, source_ratio=[1, 1])
+    for sampler, expected in ((InfiniteSampler(images), 21), (endless, 26), (None, 26)):
         runner.train_dataloader = DataLoader(images, sampler=sampler)
         hook.before_train(runner)
         assert runner.temperatures == pytest.approx([expected] * 2)

@@ -119,6 +119,11 @@ def test_constructor_is_that_of_conv2d_and_the_papers_defaults(cls, default):
 
 @pytest.mark.parametrize(('arguments', 'message'), [
     (dict(kernel_num=0), 'kernel_num must be at least 1, got 0'),
+    (dict(kernel_num='4'), "kernel_num must be a whole number, got '4'"),
+    (dict(reduction='1/16'), r"reduction must be in \(0, 1\], got '1/16'"),
+    (dict(temperature=None), 'temperature must be greater than 0, got None'),
+    (dict(norm_cfg='BN'), "norm_cfg of the attention must be a dict .*, got 'BN'"),
+    (dict(norm_cfg=dict(type='LN', num_groups=2)), "LN has one group, got num_groups=2: take"),
     (dict(reduction=0), r'reduction must be in \(0, 1\], got 0'),
     (dict(reduction=1.5), r'reduction must be in \(0, 1\], got 1.5'),
     (dict(init='xavier'), r"init must be one of \('zero', 'he'\), got 'xavier'"),
@@ -506,7 +511,18 @@ def test_is_made_without_memory(cls, place):
             output.sum().backward()
         assert output.shape == (2, 8, 9, 9)
         assert all(parameter.grad is not None for parameter in layer.parameters())
-    assert cls(8, 8, 3, padding=1)(torch.randn(2, 8, 9, 9)).isfinite().all()  # none is left behind
+    x = torch.randn(2, 8, 9, 9)
+    made = cls(8, 8, 3, padding=1)
+    assert made(x).isfinite().all()  # none is left behind
+    for assign in (True, False):
+        with torch.device('meta'):
+            layer = cls(8, 8, 3, padding=1)
+        if not assign:
+            layer = layer.to_empty(device='cpu')
+            for buffer in layer.buffers():
+                buffer.fill_(77)  # as memory may
+        layer.load_state_dict(made.state_dict(), assign=assign)
+        assert torch.equal(layer.eval()(x), made.eval()(x))
 
 
 @every_layer

@@ -136,6 +136,12 @@ def test_a_directory_that_cannot_be_written_is_none(monkeypatch, tmp_path):
     save({}, tmp_path / 'file' / 'machine.json')
 
 
+def test_what_could_not_be_put_in_its_place_is_removed(tmp_path):
+    (tmp_path / 'taken').mkdir()
+    save({}, tmp_path / 'taken')
+    assert [path.name for path in tmp_path.iterdir()] == ['taken']
+
+
 def test_a_user_without_a_home(monkeypatch, tmp_path):
     def home():
         raise RuntimeError('Could not determine home directory.')

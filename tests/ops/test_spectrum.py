@@ -149,3 +149,10 @@ def test_equals_outputs_of_the_release(data, kernel_size):
     static = F.conv2d(deterministic((2, 20, 64, 64), 0.5, 1),
                       reference.spectrum_kernel(layer).float(), padding=kernel_size // 2)
     assert (y - static).abs().max() > 0.1 * y.abs().max()
+
+
+def test_bands_traced_at_one_size_hold_at_others():
+    trace = torch.jit.trace(modulate_bands, (torch.randn(1, 2, 16, 16), torch.rand(1, 3, 16, 16)))
+    for size in ((16, 16), (20, 13), (33, 40)):
+        x, gates = torch.randn(1, 2, *size), torch.rand(1, 3, *size)
+        torch.testing.assert_close(trace(x, gates), modulate_bands(x, gates), rtol=1e-5, atol=1e-5)

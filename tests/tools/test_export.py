@@ -205,6 +205,25 @@ def test_image_demo(root, run):
     assert len(list((root / 'demo/vis').iterdir())) == 4
     predictions = [json.loads(path.read_text()) for path in (root / 'demo/preds').iterdir()]
     assert [len(found['bboxes']) for found in predictions] == [20] * 4
+    demo = ('faster.py', '--weights', 'faster.pth', '--device', 'cpu', '--out')
+    drawn = {path: path.read_bytes() for path in (root / 'demo/vis').iterdir()}
+    code, _ = run('image_demo.py', 'demo/vis', *demo, 'demo')
+    assert code.startswith('error: demo/vis is where pictures with detections are written: give')
+    assert all(path.read_bytes() == content for path, content in drawn.items())
+    (root / 'twins').mkdir()
+    for name in ('a.png', 'a.jpg'):
+        cv2.imwrite(str(root / 'twins' / name), np.zeros((64, 64, 3), np.uint8))
+    code, _ = run('image_demo.py', 'twins', *demo, 'twins-out')
+    assert 'would be one file, preds/a.json: rename one of them' in code
+    (root / 'clip.mov').write_bytes(b'')
+    code, _ = run('image_demo.py', 'clip.mov', *demo, 'clip')
+    assert code == 'error: clip.mov is neither an image nor a video in MP4 or AVI: convert it.'
+    state = torch.load(root / 'faster.pth', weights_only=False)['state_dict']
+    torch.save(dict(state_dict={name: value for name, value in state.items()
+                                if name.startswith('backbone.')}), root / 'backbone.pth')
+    code, _ = run('image_demo.py', 'data/digits/val', 'faster.py', '--weights', 'backbone.pth',
+                  '--device', 'cpu')
+    assert re.match(r'error: backbone.pth lacks \d+ tensors of the config, such as', code)
     code, _ = run('image_demo.py', 'none.jpg', 'faster.py', '--weights', 'faster.pth')
     assert code.startswith('error: none.jpg does not exist: give an image')
     code, _ = run('image_demo.py', 'data/digits/val', 'faster-rcnn_od-r18-k4', '--weights', 'x.pth')

@@ -94,6 +94,8 @@ TEXTS = {
     'scope inside': "model = dict(type='FasterRCNN', _scope_='planted')",
     'of mmengine': f"model = dict(type='mmengine.Config.fromstring', cfg_str={TOUCH!r}, "
                    "file_format='.py')",
+    'of torch, not imported': "model = dict(type='torch.utils.benchmark.examples.fuzzer.x')",
+    'of torch, that exits': "model = dict(type='torch.utils.model_dump.__main__.x')",
     'deep': 'a = ' + '-' * 50_000 + '1',
     'not python': 'a = = 1',
 }

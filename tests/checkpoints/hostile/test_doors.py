@@ -135,7 +135,8 @@ def test_texts_that_would_run(door):
             except Exception as error:  # the door's own answer: here is no detector, or no config
                 assert not isinstance(error, RecursionError), name
         assert not Path(CANARY).exists(), name
-        assert 'planted' not in sys.modules, name
+        assert not {'planted', 'torch.utils.benchmark.examples', 'torch.utils.model_dump.__main__'
+                    } & sys.modules.keys(), name
 
 
 def test_each_text_would_run_by_itself(tmp_path, monkeypatch):
