@@ -72,6 +72,7 @@ def spare_repetition() -> None:
     """Of MMEngine: it formats the config of a run four times, and reads all metafiles of a package
     for each config that names one of the package's."""
     from mmengine.config import config, utils
+    from yapf.yapflib import yapf_api
 
     def once(function):
         results = {}
@@ -83,7 +84,9 @@ def spare_repetition() -> None:
 
         return remembered
 
-    config.FormatCode, utils.load = once(config.FormatCode), once(utils.load)
+    utils.load, yapf_api.FormatCode = once(utils.load), once(yapf_api.FormatCode)
+    if hasattr(config, 'FormatCode'):  # the continuation imports it where it is called
+        config.FormatCode = yapf_api.FormatCode
 
 
 def become(script, args, cwd, environment, outputs) -> None:
