@@ -153,6 +153,18 @@ def test_replace_convs_takes_any_model():
     assert model(torch.randn(2, 3, 5, 5)).shape == (2, 8, 3, 3)
 
 
+def test_a_convolution_of_two_names_is_replaced_under_both():
+    conv = nn.Conv2d(4, 4, 1)
+    model = nn.Sequential(conv, nn.ReLU(), conv)
+    assert replace_convs(model, '0', dict(type='ODConv2d')) == ['0', '2']
+    assert model[0] is model[2] and isinstance(model[0], DynamicConv2d)
+
+
+def test_a_pattern_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"'\(' is no regular expression"):
+        replace_convs(nn.Sequential(nn.Conv2d(4, 4, 1)), '(', dict(type='ODConv2d'))
+
+
 def test_replace_convs_keeps_mode_and_frozenness():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)).eval()
     model[1].requires_grad_(False)

@@ -155,3 +155,9 @@ def test_a_damaged_gate_scale_is_refused_by_its_shape():
     damaged = dict(layer.state_dict(), **{'attention.scale': torch.ones(2)})
     with pytest.raises(RuntimeError, match='size mismatch for attention.scale'):
         layer.load_state_dict(damaged)
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_a_half_layer_whose_norm_has_no_weights(training):
+    layer = ODConv2d(8, 8, 3, norm_cfg=dict(type='BN', affine=False)).half().train(training)
+    assert layer(torch.randn(4, 8, 9, 9).half()).isfinite().all()

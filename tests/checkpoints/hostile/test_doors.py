@@ -217,6 +217,15 @@ def test_weights_alone_are_no_run_to_resume(door, lacking):
         door('file.pth')
 
 
+def test_weights_beside_optimizers_of_ones_own_are_read_and_not_resumed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = dict(with_text('a = 1', Toy().state_dict()), optimizer=[dict(), dict()])
+    write(Path('file.pth'), content)
+    assert CheckpointLoader.load_checkpoint('file.pth')['state_dict']
+    with pytest.raises(InputError, match='for want of an optimizer that is a dict: give'):
+        runner('file.pth', resume=True).train()
+
+
 @pytest.mark.parametrize('door', ['load_from'], indirect=True)
 def test_weights_of_which_none_fits(door):
     write(Path('file.pth'), {'foo.bar': torch.ones(1)})
