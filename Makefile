@@ -17,7 +17,9 @@ EXTRAS := quickstart,tests,deploy,imagenet
 endif
 MMCV := $(shell grep mmcv $(REQUIREMENTS))
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-warn-conflicts  # checked once
+PIP := $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check --no-warn-conflicts  # checked once
+# On all cores, where pip takes one; a package's files for another Python do not compile.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 CONFIG := $(MODEL)-rcnn_od-r18-k4_fpn_digits.py
 PRETRAINED := faster-rcnn_od-r18-k1-pretrained_fpn_digits.py
 POSE ?= dy-r18-k4
@@ -59,6 +61,7 @@ endif
 # opencv-python, which mmcv asks for, needs libGL and X11 of the system; headless does without.
 	@$(BIN)/python -c 'import cv2' 2>/dev/null || { $(BIN)/python -m pip uninstall -qy opencv-python; \
 	  $(PIP) --force-reinstall --no-deps opencv-python-headless; }
+	@$(COMPILE)
 	$(BIN)/python -c 'import mmdet_odconv'
 # Left out on purpose: what mim would fetch data sets with pins old releases of setuptools and rich.
 	@$(BIN)/python -m pip --disable-pip-version-check check | \
@@ -69,6 +72,7 @@ keypoints-env: env  ## MMPose in it as well, for configs/keypoints
 	$(PIP) cython json_tricks munkres
 # mmpose alone: its dependency chumpy no longer builds, and no config here needs it.
 	$(PIP) --no-deps --no-build-isolation --no-binary xtcocotools xtcocotools mmpose==1.3.2
+	@$(COMPILE)
 
 quickstart: env  ## data, training, COCO evaluation, pictures [MODEL=mask]
 	@test -f configs/quickstart/$(CONFIG) || \
