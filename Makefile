@@ -103,7 +103,7 @@ pretrain: env  ## a classifier, then a detector from its checkpoint
 	  --work-dir work_dirs/pretrain --resume
 	$(BIN)/mim train mmdet_odconv $(PRETRAINED) --work-dir work_dirs/quickstart-pretrained --resume
 
-test: env  ## the suite, 15 to 20 minutes on 2 cores [STACK=onedl]
+test: env  ## the suite, 12 to 20 minutes on 2 cores [STACK=onedl]
 	$(BIN)/python -m pytest -n 2 tests
 
 FAST := tests/ops/test_dynamic_conv.py tests/ops/test_convolution.py tests/ops/test_cells.py \
