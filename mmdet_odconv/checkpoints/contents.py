@@ -41,6 +41,8 @@ def check_contents(checkpoint: dict, filename: str, on_meta: bool = False) -> No
         raise InputError(f'Checkpoint {filename} holds a {type(checkpoint).__name__}, where a '
                          'dict of weights was expected: save model.state_dict().')
     _check_types(checkpoint, filename)
+    if checkpoint.get('optimizer', {}) is None:
+        del checkpoint['optimizer']  # which MMEngine would load
     _check_tensors(checkpoint, filename, on_meta)
     for path in CONFIGS:
         holder, name = _holder(checkpoint, path)
@@ -129,7 +131,8 @@ def check_resumable(checkpoint: dict) -> None:
                if not (type(meta.get(name)) is int and meta[name] >= 0)]
     lacking += [path for path in DICTS
                 if path.startswith('message_hub') and _holder(checkpoint, path)[0] is None]
-    if not isinstance(checkpoint.get('optimizer', {}), Mapping):
+    optimizer = checkpoint.get('optimizer', {})
+    if not (isinstance(optimizer, Mapping) and all(isinstance(key, str) for key in optimizer)):
         lacking.append('an optimizer that is a dict')
     if lacking:
         raise InputError(f'The checkpoint holds no run to resume, for want of {lacking[0]}: give '

@@ -50,8 +50,8 @@ def test_epochs_of_a_sampler_without_an_end_are_all_processes(monkeypatch):
     monkeypatch.setattr('mmdet_odconv.engine.hooks.get_world_size', lambda: 2)
     runner, hook = FakeRunner(iteration=5), TemperatureAnnealingHook(begin=31, end_epoch=3)
     images = TensorDataset(torch.zeros(10, 1))
-    halves = TorchConcatDataset([images, images])
-    endless = MultiSourceSampler(halves, batch_size=1, source_ratio=[1, 1])
+    both = TorchConcatDataset([images, images])
+    endless = MultiSourceSampler(both, batch_size=1, source_ratio=[1, 1])
     for sampler, expected in ((InfiniteSampler(images), 21), (endless, 26), (None, 26)):
         runner.train_dataloader = DataLoader(images, sampler=sampler)
         hook.before_train(runner)

@@ -217,13 +217,21 @@ def test_weights_alone_are_no_run_to_resume(door, lacking):
         door('file.pth')
 
 
-def test_weights_beside_optimizers_of_ones_own_are_read_and_not_resumed(tmp_path, monkeypatch):
+@pytest.mark.parametrize('optimizer', [[dict(), dict()], {0: dict()}])
+def test_weights_beside_optimizers_of_ones_own_are_read_and_not_resumed(tmp_path, monkeypatch,
+                                                                        optimizer):
     monkeypatch.chdir(tmp_path)
-    content = dict(with_text('a = 1', Toy().state_dict()), optimizer=[dict(), dict()])
+    content = dict(with_text('a = 1', Toy().state_dict()), optimizer=optimizer)
     write(Path('file.pth'), content)
     assert CheckpointLoader.load_checkpoint('file.pth')['state_dict']
     with pytest.raises(InputError, match='for want of an optimizer that is a dict: give'):
         runner('file.pth', resume=True).train()
+
+
+@pytest.mark.parametrize('door', ['resume'], indirect=True)
+def test_a_run_without_an_optimizer_is_resumed(door):
+    write(Path('file.pth'), dict(with_text('a = 1', Toy().state_dict()), optimizer=None))
+    door('file.pth')
 
 
 @pytest.mark.parametrize('door', ['load_from'], indirect=True)
