@@ -165,6 +165,14 @@ def test_a_pattern_that_is_none_is_refused():
         replace_convs(nn.Sequential(nn.Conv2d(4, 4, 1)), '(', dict(type='ODConv2d'))
 
 
+@pytest.mark.parametrize(('arguments', 'message'), [
+    (dict(conv_cfg='ODConv2d'), "conv_cfg must be a dict .*, got 'ODConv2d'"),
+    (dict(dynamic_convs=['layer1']), r"dynamic_convs=\['layer1'\] is no regular expression")])
+def test_arguments_of_another_type(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ODResNet(18, **arguments)
+
+
 def test_replace_convs_keeps_mode_and_frozenness():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)).eval()
     model[1].requires_grad_(False)
