@@ -76,17 +76,21 @@ def detect(inputs: str, config: str, weights: str, out_dir: str, score: float = 
     load_weights(inferencer.model, weights)  # of which MMEngine only logs what does not fit
     if kind in CODECS:
         return _detect_in_video(inferencer, Path(inputs), Path(out_dir), score)
-    files = inferencer._inputs_to_list(str(inputs))
+    files = [Path(inputs)] if Path(inputs).is_file() else sorted(
+        path for path in Path(inputs).iterdir() if path.suffix.lower() in IMG_EXTENSIONS)
     if not files:
         raise InputError(f'{inputs} holds no image: give an image, a folder of images or a video.')
-    first: Dict[str, str] = {}
+    first: Dict[str, Path] = {}
     for file in files:
-        other = first.setdefault(Path(file).stem, file)
+        other = first.setdefault(file.stem, file)
         if other != file:
             raise InputError(f'Predictions of {file} and {other} would be one file, '
-                             f'preds/{Path(file).stem}.json: rename one of them.')
-    inferencer(files, batch_size=batch_size, out_dir=str(out_dir), pred_score_thr=score,
-               no_save_pred=False)
+                             f'preds/{file.stem}.json: rename one of them.')
+    inferencer.show_progress = False  # of each batch
+    # Of what it is given at once, it keeps every picture.
+    for start in track(range(0, len(files), batch_size), 'Inference'):
+        inferencer([str(file) for file in files[start:start + batch_size]], batch_size=batch_size,
+                   out_dir=str(out_dir), pred_score_thr=score, no_save_pred=False)
     return len(files)
 
 
