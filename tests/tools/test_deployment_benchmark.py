@@ -1,6 +1,8 @@
 """The table of formats: each answers what torch does, a file of ONNX too."""
 import itertools
 import re
+import runpy
+import sys
 
 import digits
 import pytest
@@ -53,6 +55,13 @@ def test_what_is_not_installed_is_left_out(config, monkeypatch):
     rows = timing.time_formats(models, torch.randn(1, 3, 64, 64), ['eager', 'openvino'], rounds=1)
     assert [(row['format'], row['model']) for row in rows] == [('eager', 'static'),
                                                                ('eager', 'dynamic')]
+
+
+def test_a_trained_detector_beside_a_random_one_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['benchmark.py', 'x.py', '--checkpoint', 'x.pth'])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(digits.ROOT / 'tools/deployment/benchmark.py'), run_name='__main__')
+    assert '--checkpoint was given without --static' in capsys.readouterr().err
 
 
 def test_map_through_what_runs_it(config, tmp_path, monkeypatch):

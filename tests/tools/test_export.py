@@ -1,9 +1,11 @@
 """The export command on detectors of the quickstart's kind: the file detects what they detect."""
 import functools
 import json
+import math
 import re
 import runpy
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -13,7 +15,7 @@ import mmcv
 import numpy as np
 import pytest
 import torch
-from mmdet.apis import inference_detector
+from mmdet.apis import DetInferencer, inference_detector
 from mmdet.models import DetDataPreprocessor
 from mmdet.registry import DATASETS
 from mmengine.config import Config
@@ -29,6 +31,7 @@ from mmdet_odconv.deployment.export import (
     as_program,
     compare,
     example_images,
+    load_detector,
     preprocessing,
 )
 
@@ -131,7 +134,7 @@ test_dataloader = dict(dataset=dict(datasets=[dict(pipeline=[
 '''
 
 
-def test_how_an_image_is_resized_is_said_of_any_config(tmp_path):
+def test_how_an_image_is_resized_is_said_of_any_config(tmp_path, monkeypatch):
     (tmp_path / 'lazy.py').write_text(LAZY)
     mmcv.imwrite(np.zeros((96, 96, 3), np.uint8), str(tmp_path / 'image.png'))
     model = SimpleNamespace(data_preprocessor=DetDataPreprocessor())
@@ -143,7 +146,11 @@ def test_how_an_image_is_resized_is_said_of_any_config(tmp_path):
     assert preprocessing(Config({}), model, False, ())['input']['resize'] is None
     with pytest.raises(InputError, match='no test_dataloader, whose pipeline prepares images'):
         example_images(Config({}), model, False, ['image.png'])
+    log = Mock()
+    monkeypatch.setattr('mmdet_odconv.deployment.export.print_log', log)
     assert len(example_images(Config({}), model, False, [])) == 2
+    said, = log.call_args.args
+    assert said.startswith('No image of a test set is here (the config has no test_dataloader)')
 
 
 def test_torchscript(export):
@@ -198,7 +205,7 @@ def test_what_cannot_be_exported_is_named(root, export):
         'error: The roi_head.roi_extractor is a GenericRoIExtractor, which predicts in a way of')
 
 
-def test_image_demo(root, run):
+def test_image_demo(root, run, monkeypatch):
     code, said = run('image_demo.py', 'data/digits/val', 'faster.py', '--weights', 'faster.pth',
                      '--out', 'demo', '--device', 'cpu')
     assert code is None and '4 images or frames: see demo/vis and demo/preds' in said
@@ -206,6 +213,18 @@ def test_image_demo(root, run):
     predictions = [json.loads(path.read_text()) for path in (root / 'demo/preds').iterdir()]
     assert [len(found['bboxes']) for found in predictions] == [20] * 4
     demo = ('faster.py', '--weights', 'faster.pth', '--device', 'cpu', '--out')
+    (root / 'camera').mkdir()
+    for source, name in zip((root / 'data/digits/val').iterdir(), ('2.JPG', '1.jpg', '3.PNG')):
+        mmcv.imwrite(mmcv.imread(str(source)), str(root / 'camera' / name.lower()))
+        (root / 'camera' / name.lower()).rename(root / 'camera' / name)
+    (root / 'camera/notes.txt').touch()
+    given = []
+    call = DetInferencer.__call__
+    monkeypatch.setattr(DetInferencer, '__call__', lambda self, inputs, **options: given.append(
+        [Path(path).name for path in inputs]) or call(self, inputs, **options))
+    code, said = run('image_demo.py', 'camera', *demo, 'camera-out', '--batch-size', '2')
+    assert code is None and '3 images or frames' in said
+    assert given == [['1.jpg', '2.JPG'], ['3.PNG']]  # of which it keeps pictures until it is done
     drawn = {path: path.read_bytes() for path in (root / 'demo/vis').iterdir()}
     code, _ = run('image_demo.py', 'demo/vis', *demo, 'demo')
     assert code.startswith('error: demo/vis is where pictures with detections are written: give')
@@ -278,3 +297,22 @@ def test_a_file_that_differs_is_not_written(root, export, monkeypatch):
     code, _ = export('faster.py', 'faster.pth', '--out', 'wrong.onnx')
     assert code.startswith('error: The file differs from the detector in an image of ')
     assert not (root / 'wrong.onnx').exists() and not (root / 'wrong.json').exists()
+    monkeypatch.setattr(f'{module}.Runtime', lambda path: lambda image: [
+        value * math.nan if i == 1 else value for i, value in enumerate(right(image))])
+    code, _ = export('faster.py', 'faster.pth', '--out', 'wrong.onnx')
+    assert code.startswith('error: The file differs') and 'nan in score' in code
+
+
+def test_that_nothing_was_detected_and_so_compared_is_said(root, export):
+    text = (root / 'faster.py').read_text().replace('rcnn=dict(', 'rcnn=dict(score_thr=1.0, ')
+    (root / 'blind.py').write_text(text)
+    code, said = export('blind.py', 'faster.pth', '--out', 'blind.onnx')
+    assert code is None and ': 0 detections equal' in said
+    assert 'Nothing was detected in them, so that no box was compared: give --image.' in said
+
+
+def test_classes_of_a_checkpoint_of_mmdetection_2(root):
+    weights = torch.load(root / 'faster.pth')['state_dict']
+    torch.save(dict(state_dict=weights, meta=dict(CLASSES=('cat', 'dog'))), root / 'released.pth')
+    config = Config.fromfile(root / 'faster.py')
+    assert load_detector(config, str(root / 'released.pth'))[1] == ('cat', 'dog')

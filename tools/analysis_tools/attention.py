@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from mmengine.config import Config
+from mmengine.registry import DATASETS
 
 from mmdet_odconv import config_path
 from mmdet_odconv.checkpoints.files import refuse_existing, writing
@@ -45,7 +46,8 @@ def main():
             shares = ' '.join(f'{share:.2f}' for share in found.shares.tolist())
             print(f'{name}: entropy {found.entropy:.3f}, variation {found.variation:.4f}, '
                   f'shares {shares}, dead {found.dead or "none"}')
-        classes = classes or config.test_dataloader.dataset.metainfo.classes
+        classes = classes or DATASETS.build(
+            dict(config.test_dataloader.dataset, lazy_init=True)).metainfo['classes']
         with writing(args.out, args.force) as temporary:
             write_page(temporary, f'{Path(args.config).stem}, {Path(args.checkpoint).name}', images,
                        attentions, classes, args.score, curves=args.curves)

@@ -1,13 +1,13 @@
 """Time a config's network in every way to run it, beside its static counterpart.
 
     python tools/deployment/benchmark.py CONFIG [--part backbone|detector] [--size 224 320]
-    python tools/deployment/benchmark.py CONFIG --checkpoint FILE [--static FILE]
+    python tools/deployment/benchmark.py CONFIG --checkpoint FILE --static FILE
 
 Both are fused, have random weights and take one image; each answers what it does in PyTorch, or
 the command says so. Milliseconds are medians of rounds in which all take turns. --checkpoint is
 of the config's detector and --static of its counterpart; then whole detectors are timed, and
 COCO mAP on the config's test set is computed through each format. Without --checkpoint, the
-dynamic detector is inflated from the static one.
+dynamic detector is inflated from the static one, which may be given alone.
 """
 import argparse
 import functools
@@ -41,6 +41,9 @@ def main():
     args = parser.parse_args()
     checkpoints = {name: file for name, file in (('dynamic', args.checkpoint),
                                                  ('static', args.static)) if file}
+    if args.checkpoint and not args.static:
+        parser.error('--checkpoint was given without --static: beside a trained detector, a '
+                     'random one would stand')
     if checkpoints:
         args.part = 'detector'
     with errors_explained():

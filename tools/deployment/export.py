@@ -14,7 +14,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from mmdet_odconv import InputError, fuse
+from mmdet_odconv import InputError, config_path, fuse
 from mmdet_odconv.checkpoints.files import refuse_existing
 from mmdet_odconv.deployment.detector import TensorDetector
 from mmdet_odconv.deployment.evaluation import ExportedDetector, evaluate
@@ -27,7 +27,7 @@ from mmdet_odconv.deployment.export import (
     preprocessing,
     write_preprocessing,
 )
-from mmdet_odconv.engine.launch import errors_explained, find_config
+from mmdet_odconv.engine.launch import errors_explained
 
 
 def main():
@@ -45,7 +45,8 @@ def main():
     parser.add_argument('--normalize', action='store_true',
                         help='take BGR images of 0 to 255 and normalise them in the graph')
     parser.add_argument('--image', action='append', default=[], metavar='FILE',
-                        help='to check with; the first of the test set if not given')
+                        help='to check with; if not given, the first of the test set, or noise '
+                        'where that is not here')
     parser.add_argument('--no-check', action='store_true', help='do not run the file')
     parser.add_argument('--evaluate', action='store_true',
                         help="mAP on the config's test set, through the file and without")
@@ -59,8 +60,7 @@ def main():
         described = args.out.with_suffix('.json')
         for file in (args.out, described):
             refuse_existing(file, args.force)
-        path = Path(args.config) if Path(args.config).is_file() else find_config(args.config)
-        config = Config.fromfile(path)
+        config = Config.fromfile(config_path(args.config))
         init_default_scope(config.get('default_scope', 'mmdet'))
         model, classes = load_detector(config, args.checkpoint)
         detector = TensorDetector(fuse(model) if args.fuse or args.half else model,
@@ -74,6 +74,8 @@ def main():
         for found in checked:
             print('{size}: {detections} detections equal, boxes within {boxes:.1g} px, scores '
                   'within {scores:.1g}'.format(**found))
+        if checked and not any(found['detections'] for found in checked):
+            print('Nothing was detected in them, so that no box was compared: give --image.')
         if args.evaluate:
             exported = ExportedDetector(Runtime(args.out), model.data_preprocessor, args.normalize)
             with tempfile.TemporaryDirectory() as work_dir:
