@@ -8,8 +8,7 @@ from mmengine.config import Config
 from ..errors import InputError
 
 
-def equal_budget(config: Config, iterations: int, seed: int, images: int,
-                 evaluations: int = 1) -> Config:
+def equal_budget(config: Config, iterations: int, seed: int, evaluations: int = 1) -> Config:
     """The config, trained for so many iterations from this seed.
 
     A linear warm-up, a constant rate and, in the second half, a cosine; where the config anneals
@@ -18,7 +17,6 @@ def equal_budget(config: Config, iterations: int, seed: int, images: int,
     Args:
         config: changed in place.
         iterations, seed: the budget, and the seed of weights and order.
-        images: number of training images.
         evaluations: how often it is evaluated, evenly spread, the last time at the end.
     """
     # By iteration, because MMEngine resumes an epoch at its beginning and would train longer.
@@ -42,8 +40,7 @@ def equal_budget(config: Config, iterations: int, seed: int, images: int,
         by_epoch=False, interval=max(1, iterations // 4), max_keep_ckpts=1)
     for hook in config.get('custom_hooks', []):
         if hook['type'] in ('TemperatureAnnealingHook', 'WarehouseWarmUpHook'):
-            epoch = -(-images // config.train_dataloader.batch_size)
-            hook['end_epoch'] = iterations / epoch / 3
+            hook['end_iter'] = iterations / 3
     return config
 
 

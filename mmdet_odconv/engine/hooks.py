@@ -3,7 +3,7 @@ import logging
 import math
 import os
 import re
-from typing import List
+from typing import List, Optional
 
 from mmdet.datasets.samplers import MultiSourceSampler
 from mmengine.dataset import InfiniteSampler
@@ -31,13 +31,21 @@ class AnnealingHook(Hook):
         begin: value of the first iteration.
         end_epoch: number of epochs after which it is ``end``, > 0; may be fractional.
         by_epoch: change the value at epochs only rather than at every iteration.
+        end_iter: number of iterations after which it is ``end``, > 0, in place of epochs.
+
+    Raises:
+        ValueError: if ``end_iter`` is not greater than 0.
     """
 
     name: str
     end: float
 
-    def __init__(self, begin: float, end_epoch: float, by_epoch: bool = False) -> None:
+    def __init__(self, begin: float, end_epoch: float, by_epoch: bool = False,
+                 end_iter: Optional[float] = None) -> None:
+        if end_iter is not None and not end_iter > 0:
+            raise ValueError(f'end_iter must be greater than 0, got {end_iter}')
         self.begin, self.end_epoch, self.by_epoch = begin, end_epoch, by_epoch
+        self.end_iter = end_iter
 
     def set_value(self, model: nn.Module, value: float) -> None:
         raise NotImplementedError
@@ -55,8 +63,9 @@ class AnnealingHook(Hook):
         if isinstance(getattr(loader, 'sampler', None), (InfiniteSampler, MultiSourceSampler)):
             length = math.ceil(length / get_world_size())
         epoch = runner.iter / length
-        progress = min(1.0, (int(epoch) if self.by_epoch else epoch) / self.end_epoch)
-        value = self.begin + (self.end - self.begin) * progress
+        progress = (runner.iter / self.end_iter if self.end_iter is not None else
+                    (int(epoch) if self.by_epoch else epoch) / self.end_epoch)
+        value = self.begin + (self.end - self.begin) * min(1.0, progress)
         self.set_value(runner.model, value)
         runner.message_hub.update_scalar(f'train/{self.name}', value)
 
@@ -76,18 +85,20 @@ class TemperatureAnnealingHook(AnnealingHook):
         begin: temperature of the first iteration, > 0.
         end_epoch: number of epochs after which it is 1, > 0; may be fractional.
         by_epoch: change the value at epochs only rather than at every iteration.
+        end_iter: number of iterations after which it is 1, > 0, in place of epochs.
 
     Raises:
-        ValueError: if ``begin`` or ``end_epoch`` is not greater than 0.
+        ValueError: if ``begin``, ``end_epoch`` or ``end_iter`` is not greater than 0.
     """
 
     name, end = 'temperature', 1.0
 
-    def __init__(self, begin: float = 30.0, end_epoch: float = 10, by_epoch: bool = False) -> None:
+    def __init__(self, begin: float = 30.0, end_epoch: float = 10, by_epoch: bool = False,
+                 end_iter: Optional[float] = None) -> None:
         if not (begin > 0 and end_epoch > 0):
             raise ValueError('begin and end_epoch must be greater than 0, got '
                              f'{begin} and {end_epoch}')
-        super().__init__(begin, end_epoch, by_epoch)
+        super().__init__(begin, end_epoch, by_epoch, end_iter)
 
     def set_value(self, model: nn.Module, value: float) -> None:
         set_temperature(model, value)
@@ -112,18 +123,20 @@ class WarehouseWarmUpHook(AnnealingHook):
         end_epoch: number of epochs after which it is 0, > 0; may be fractional. The release has 20
             of 300 for ResNets, and 15 of 150 for MobileNetV2.
         by_epoch: change the value at epochs only rather than at every iteration.
+        end_iter: number of iterations after which it is 0, > 0, in place of epochs.
 
     Raises:
-        ValueError: if ``begin`` or ``end_epoch`` is out of range.
+        ValueError: if ``begin``, ``end_epoch`` or ``end_iter`` is out of range.
     """
 
     name, end = 'tau', 0.0
 
-    def __init__(self, begin: float = 1.0, end_epoch: float = 20, by_epoch: bool = False) -> None:
+    def __init__(self, begin: float = 1.0, end_epoch: float = 20, by_epoch: bool = False,
+                 end_iter: Optional[float] = None) -> None:
         if not (0 < begin <= 1 and end_epoch > 0):
             raise ValueError('begin must be above 0 to 1 and end_epoch greater than 0, got '
                              f'{begin} and {end_epoch}')
-        super().__init__(begin, end_epoch, by_epoch)
+        super().__init__(begin, end_epoch, by_epoch, end_iter)
 
     def set_value(self, model: nn.Module, value: float) -> None:
         set_warm_up(model, value)

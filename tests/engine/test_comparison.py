@@ -29,8 +29,17 @@ def test_only_seeds_of_both_count():
     (dict(interval=50), 3, 3), (dict(interval=50), 100, 50), ({}, 3, 3), ({}, 100, 10)])
 def test_the_shortest_budget_is_logged_once(given, iterations, expected):
     config = Config(dict(log_processor={}, default_hooks=dict(logger=given, checkpoint={})))
-    equal_budget(config, iterations, seed=0, images=1000)
+    equal_budget(config, iterations, seed=0)
     assert config.default_hooks.logger.interval == expected
+
+
+def test_attention_is_annealed_over_a_third_of_the_iterations():
+    hooks = [dict(type=kind, end_epoch=9) for kind in (
+        'TemperatureAnnealingHook', 'WarehouseWarmUpHook', 'InputCheckHook')]
+    config = Config(dict(log_processor={}, default_hooks=dict(logger={}, checkpoint={}),
+                         custom_hooks=hooks))
+    equal_budget(config, 750, seed=0)
+    assert [hook.get('end_iter') for hook in config.custom_hooks] == [250, 250, None]
 
 
 @pytest.mark.parametrize(('names', 'expected'), [

@@ -88,6 +88,17 @@ def test_evaluates_at_one_and_goes_on_where_it_was(evaluation, by_epoch):
     assert runner.temperatures == pytest.approx([11, 11])
 
 
+def test_iterations_in_place_of_epochs():
+    runner = FakeRunner(iteration=5)
+    hook = TemperatureAnnealingHook(begin=31, end_iter=10)
+    for runner.train_dataloader in (range(10), range(1000)):
+        hook.before_train(runner)
+        assert runner.temperatures == pytest.approx([16, 16])
+    for hook in (TemperatureAnnealingHook, WarehouseWarmUpHook):
+        with pytest.raises(ValueError, match='end_iter must be greater than 0, got 0'):
+            hook(end_iter=0)
+
+
 @pytest.mark.parametrize('arguments', [dict(begin=0), dict(end_epoch=0), dict(begin=-1)])
 def test_bad_arguments(arguments):
     with pytest.raises(ValueError, match='begin and end_epoch must be greater than 0, got'):

@@ -1,6 +1,7 @@
 import argparse
 import importlib
 import json
+import os
 import signal
 import sys
 import threading
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import digits
 import pytest
+import torch
 from digits import ROOT
 from mmengine.config import Config
 
@@ -122,7 +124,9 @@ def test_any_coco_directory_a_test_split_options_and_equal_time(root, forked, mo
         (data / path.stem).rename(data / f'{path.stem}2017')
     static = root / 'out/tiny_r18_coco_batch4_seed0_2iterations'
     static.mkdir(parents=True)
-    (static / 'result.json').write_text(json.dumps({'map': 0.75, 'seconds': 1e-9}))
+    run = dict(cpu=forked.cpu_name(), threads=len(os.sched_getaffinity(0)), torch=torch.__version__)
+    (static / 'result.json').write_text(json.dumps({'map': 0.75, 'seconds': 1e-9, **run}))
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
     monkeypatch.setattr(sys, 'argv', [
         'compare.py', 'tiny_r18.py', 'tiny_od-r18-k1.py,model.backbone.init=he', '--data', 'coco',
         '--batch-size', '4', '--equal-time', '--work-dir', 'out', '--iterations', '2'])
@@ -198,10 +202,16 @@ def test_a_run_of_another_config_is_not_taken_for_its_own(module, tmp_path, monk
         module.run(a, directory)
 
 
+def test_options_are_read_as_cfg_options_are(module):
+    assert [module.parse(value) for value in ('false', 'True', 'None', '1e-3', 'LN')] == [
+        False, True, None, 1e-3, 'LN']
+
+
 def record(config, seed, iterations=750, budget='iterations', score=0.5, seconds=1.0):
     return {'config': config, 'place': int(config != 'static'), 'seed': seed, 'budget': budget,
             'iterations': iterations, 'map': score, 'seconds': seconds, 'params': 1, 'gmadds': 1,
-            'data': 'digits'}
+            'data': 'digits', 'split': 'test', 'batch_size': 4, 'cpu': 'EPYC', 'threads': 1,
+            'torch': '2.13.0'}
 
 
 @pytest.mark.parametrize(('seconds', 'ends', 'expected'), [
@@ -216,6 +226,8 @@ def test_equal_time_is_told_where_it_is_known(module, seconds, ends, expected):
     assert row['difference'][0] == pytest.approx(0.2)
     found = row['at_equal_time']
     assert found is None if expected is None else found[0] == pytest.approx(expected)
+    runs[0]['threads'] = 2  # as the first config, alone, was run at first
+    assert module.affordable({0: runs[1]}, {0: runs[0]}) is None
 
 
 def test_more_seeds_leave_the_iterations_of_equal_time(module, monkeypatch):
@@ -263,6 +275,7 @@ def test_what_is_queued_when_it_is_interrupted_is_not_begun(module, monkeypatch,
 @pytest.mark.parametrize(('other', 'differs'), [
     (record('dynamic', 0, 250), r'iterations \(250, 750\)'),
     ({**record('dynamic', 0), 'data': 'cells'}, r'data \(cells, digits\)'),
+    ({**record('dynamic', 0), 'batch_size': 2}, r'batch size \(2, 4\)'),
     ({**record('dynamic', 0), 'place': 0}, r'the config given first \(dynamic, static\)')])
 def test_records_of_two_comparisons(module, tmp_path, monkeypatch, other, differs):
     for name, content in (('a', record('static', 0)), ('b', other)):
@@ -275,6 +288,8 @@ def test_records_of_two_comparisons(module, tmp_path, monkeypatch, other, differ
     module.check_one_comparison(runs, tmp_path)
     with pytest.raises(InputError, match=r'iterations at equal time of dynamic \(525, 600\)'):
         module.check_one_comparison([*runs, record('dynamic', 1, 525, 'time')], tmp_path)
+    with pytest.raises(InputError, match='2 records of static with seed 0 at equal iterations'):
+        module.check_one_comparison([*runs, record('static', 0)], tmp_path)
 
 
 def test_data_that_are_absent(tmp_path):

@@ -58,6 +58,7 @@ from mmdet_odconv.engine.launch import errors_explained  # noqa: E402
 
 TOOLS = Path(__file__).parents[1]
 FAMILIES = ('od', 'dy', 'cond', 'dcd', 'fd', 'kw', 'se')
+TIMED_BY = ('cpu', 'threads', 'torch')  # whose seconds are comparable
 LOADED = 'loaded'  # how names end of what did not start from scratch
 READING = threading.Lock()
 
@@ -69,7 +70,9 @@ def read_config(path):
 
 
 def parse(value):
-    """An option's value: a number, True, False, None, or else the text itself."""
+    """An option's value: a number, true, false, None, or else the text itself."""
+    if value.lower() in ('true', 'false'):  # as --cfg-options have it
+        return value.lower() == 'true'
     try:
         return ast.literal_eval(value)
     except (SyntaxError, ValueError):
@@ -146,7 +149,7 @@ def run(config, directory, threads=1, tested=False):
                 f'{", ".join(differing)}: give another --work-dir (and --records), or the config '
                 'as it was.')
     if result_file.is_file():
-        return json.loads(result_file.read_text())
+        return {**dict.fromkeys(TIMED_BY, 'unknown'), **json.loads(result_file.read_text())}
     given.parent.mkdir(parents=True, exist_ok=True)
     log = directory / 'log.txt'
     try:
@@ -161,7 +164,8 @@ def run(config, directory, threads=1, tested=False):
             return {'error': 'it was interrupted before its evaluation: remove '
                     f'{directory} and run it again'}
         # Time of the quietest logged window, 50 iterations: other work counts least.
-        result = {'map': val[max(val)]['coco/bbox_mAP'],
+        result = {'cpu': cpu_name(), 'threads': threads, 'torch': torch.__version__,
+                  'map': val[max(val)]['coco/bbox_mAP'],
                   'seconds': min(record['time'] for record in train.values()),
                   'curve': [(i, val[i]['coco/bbox_mAP']) for i in sorted(val)],
                   'loss': [(i, round(train[i]['loss'], 4)) for i in sorted(train)]}
@@ -190,15 +194,14 @@ def run_entry(entry, seed, iterations, stats, args, budget='iterations'):
         config = entry.read(args.batch_size, seed)
         root = args.data or Path(config.data_root)
         images = use_data(config, root)
-        equal_budget(config, iterations, seed, images['train'], args.evaluations)
+        equal_budget(config, iterations, seed, args.evaluations)
         result = run(config, args.work_dir / name, args.threads, 'test' in images)
     except Exception as error:  # whatever a config may raise, the other runs go on
         result = {'error': str(error)}
     if 'error' not in result:
         record.update(stats[entry.name], batch_size=config.train_dataloader.batch_size,
                       data=root.resolve().name, images=images,
-                      split='test' if 'test' in images else 'val', cpu=cpu_name(),
-                      threads=args.threads, torch=torch.__version__)
+                      split='test' if 'test' in images else 'val')
         records = args.records or args.work_dir / 'records'
         records.mkdir(parents=True, exist_ok=True)
         (records / f'{name}.json').write_text(json.dumps({**record, **result}) + '\n')
@@ -225,10 +228,12 @@ def affordable(runs, baseline):
     """Iterations for which the first config's time suffices, in twentieths of the budget.
 
     Both are seed -> record, at equal iterations. The first seed's seconds count, so that more
-    seeds change no budget that others were trained for; None without a seed of both.
+    seeds change no budget that others were trained for; None without a seed of both that was run
+    alike, by as many threads of the same CPU.
     """
     for seed, record in runs.items():
-        if seed in baseline:
+        if seed in baseline and all(
+                record.get(key) == baseline[seed].get(key) for key in TIMED_BY):
             share = min(1, baseline[seed]['seconds'] / record['seconds'])
             return max(1, round(20 * share) * record['iterations'] // 20)
     return None
@@ -397,8 +402,15 @@ def report(records, directory, console):
 def check_one_comparison(records, directory):
     """Refuse records that no one table can hold: differences between them would mean nothing."""
     found = collections.defaultdict(set)
+    for (name, budget, seed), count in collections.Counter(
+            (record['config'], record['budget'], record['seed']) for record in records).items():
+        if count > 1:
+            raise InputError(f'{directory} holds {count} records of {name} with seed {seed} at '
+                             f'equal {budget}, but a table has one: move the others elsewhere.')
     for record in records:
         found['data'].add(record['data'])
+        found['split'].add(record['split'])
+        found['batch size'].add(record['batch_size'])
         found['iterations' if record['budget'] == 'iterations' else
               f'iterations at equal time of {record["config"]}'].add(record['iterations'])
         if record['place'] == 0:
