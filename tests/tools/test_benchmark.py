@@ -2,6 +2,7 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -85,6 +86,36 @@ def test_measured_plans_are_those_that_can_serve_each_layer():
     assert all(row[4] and not (row[3] or row[5] or row[6]) for row in depthwise)
     assert {row[7] for row in depthwise} == {'folded'}
     assert f'of {len(rows)} choices within a tenth of the fastest plan' in result.stdout
+
+
+@pytest.mark.parametrize('name', ['swap/retinanet_od-r50-k4', 'swap/cascade-rcnn_od-r50-k4',
+                                  'odconv/mask-rcnn_od-r50-k4'])
+def test_iterations_of_detectors_of_all_kinds(benchmark, monkeypatch, tmp_path, name):
+    base = SCRIPT.parents[2] / f'configs/{name}_fpn_1x_coco.py'
+    (tmp_path / 'small.py').write_text(
+        f'_base_ = {str(base)!r}\n'
+        'model = dict(backbone=dict(depth=18, base_channels=8, stem_channels=8, kernel_num=2),\n'
+        '             neck=dict(in_channels=[8, 16, 32, 64]))\n')
+    monkeypatch.setattr('sys.argv', ['benchmark.py', 'detector', str(tmp_path / 'small.py'),
+                                     '--mode', 'iteration', '--size', '64', '64', '--batch', '1'])
+    case, = benchmark.cases(benchmark.parse_args())
+    assert case.iteration('ours') > 0 and case.iteration('static') > 0
+
+
+def test_both_allocators_leave_a_result_each(benchmark, monkeypatch, tmp_path):
+    run = Mock(return_value=Mock(returncode=0))
+    monkeypatch.setattr(benchmark.subprocess, 'run', run)
+    monkeypatch.setattr('sys.argv', ['benchmark.py', 'layer', '--mode', 'both', '--allocator',
+                                     'both', '--out', str(tmp_path)])
+    with pytest.raises(SystemExit, match='0'):
+        benchmark.main()
+    kinds = []
+    for called in run.call_args_list:
+        monkeypatch.setattr('sys.argv', called.args[0][1:])
+        args = benchmark.parse_args()
+        assert args.mode == 'both' and args.out == tmp_path / args.allocator
+        kinds.append(args.allocator)
+    assert kinds == ['default', 'settled']
 
 
 def test_a_kernelwarehouse_of_any_size_and_no_other_layer_in_it(benchmark, monkeypatch, capsys):

@@ -46,6 +46,7 @@ from rich.table import Table
 from torch import nn
 
 from mmdet_odconv import layers
+from mmdet_odconv.errors import InputError
 from mmdet_odconv.ops import force_plan
 from mmdet_odconv.ops.machine import describe as describe_machine
 
@@ -273,10 +274,9 @@ def detector_case(args, batch):
     dynamic = MODELS.build(config.model)
     make_static(config.model)
     static = MODELS.build(config.model)
-    head = dynamic.bbox_head if not dynamic.with_roi_head else dynamic.roi_head.bbox_head
-    data = demo_mm_inputs(batch, [(3, *args.size)] * batch, num_items=[5] * batch,
-                          num_classes=head.num_classes, with_mask=hasattr(dynamic, 'mask_head'),
-                          device=args.device)
+    # Of which classes the boxes are changes no time, and every detector has a first and a second.
+    data = demo_mm_inputs(batch, [(3, *args.size)] * batch, num_items=[5] * batch, num_classes=2,
+                          with_mask=dynamic.with_mask, device=args.device)
     wrappers = {model: build_optim_wrapper(model, config.optim_wrapper)
                 for model in (static.to(args.device), dynamic.to(args.device))}
     # Random weights on random boxes diverge at a rate made for trained ones.
@@ -422,13 +422,13 @@ def settle_allocator(args):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **settings})
 
 
-def both_allocators():
-    """Run this command once with each kind of allocator; the exit status of the worse."""
-    asked = ('--allocator', 'both', '--allocator=both')
-    arguments = [arg for arg in sys.argv[1:] if arg not in asked]
+def both_allocators(out):
+    """Run this command with each kind of allocator, into folders of ``out``; the worse status."""
     environment = {name: value for name, value in os.environ.items() if name not in ALLOCATOR}
-    return max(subprocess.run([sys.executable, __file__, *arguments, '--allocator', kind],
-                              env=environment).returncode for kind in ('default', 'settled'))
+    # Of an option given twice the last counts.
+    return max(subprocess.run([sys.executable, __file__, *sys.argv[1:], '--allocator', kind,
+                               '--out', str(out / kind)], env=environment).returncode
+               for kind in ('default', 'settled'))
 
 
 def parse_args():
@@ -488,7 +488,7 @@ def parse_args():
 def main():
     args = parse_args()
     if args.allocator == 'both':
-        sys.exit(both_allocators())
+        sys.exit(both_allocators(args.out))
     settle_allocator(args)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -496,7 +496,10 @@ def main():
     modes = ['inference'] if args.fuse else modes
     # A table cut to a pipe's 80 columns could not be read.
     console = Console() if sys.stdout.isatty() else Console(width=150)
-    records = list(suite(args, modes) if args.suite else measure(args, modes, console))
+    try:
+        records = list(suite(args, modes) if args.suite else measure(args, modes, console))
+    except InputError as error:  # errors_explained needs mmdet
+        sys.exit(f'error: {error}')
     machine = machine_name(args.device, args.allocator)
     print_table(records, modes, machine, console)
     args.out.mkdir(parents=True, exist_ok=True)
