@@ -19,7 +19,7 @@ READS = {
     'published-to-mmdet': ('file',),
     'publish-model': ('file',),
 }
-READ_BY_OPTION = ('--weights', '--checkpoint', '--resume-from')
+READ_BY_OPTION = ('--weights', '--checkpoint')
 
 
 def tool_and_arguments(argv: List[str]) -> List[str]:

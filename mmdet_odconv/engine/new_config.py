@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import io
+import json
 import math
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
+from torch import Tensor
 
 from ..backbones.dynamic import DynamicBackbone
 from ..checkpoints import read_weights
@@ -140,22 +142,34 @@ def _start(config: Config, weights: Optional[str]) -> Tuple[Dict[str, Any], List
         frozen = {key: value for key, value in (('frozen_stages', -1), ('norm_eval', False))
                   if key in backbone}
         return dict(backbone=dict(init_cfg=None, **frozen)), []
-    if '://' in weights and not weights.startswith(('http://', 'https://')):
-        cls = MODELS.get(backbone['type']) if 'type' in backbone else None
-        conv_cfg = {**getattr(cls, 'dynamic_conv_cfg', {}), **(backbone.get('conv_cfg') or {})}
-        layer = MODELS.get(conv_cfg['type']) if 'type' in conv_cfg else None
-        is_dynamic = any(isinstance(part, type) and issubclass(
-            part, (DynamicBackbone, DynamicConv2d)) for part in (cls, layer))
-        start = dict(init_cfg=_in_place(backbone, dict(
-            type='StaticPretrained' if is_dynamic else 'Pretrained', checkpoint=weights)))
-        # Gates that begin at 1 leave a static kernel, and what an optimizer does to it, as it is.
-        if conv_cfg.get('type') == 'ODConv2d' and 'gate_scale' not in conv_cfg:
-            start['conv_cfg'] = dict(gate_scale=2)
-        return dict(backbone=start), []
-    if '://' in weights or any(key.startswith('backbone.') for key in read_weights(weights)[0]):
+    cls = MODELS.get(backbone['type']) if 'type' in backbone else None
+    conv_cfg = {**getattr(cls, 'dynamic_conv_cfg', {}), **(backbone.get('conv_cfg') or {})}
+    layer = MODELS.get(conv_cfg['type']) if 'type' in conv_cfg else None
+    is_dynamic = any(isinstance(part, type) and issubclass(
+        part, (DynamicBackbone, DynamicConv2d)) for part in (cls, layer))
+    state = {} if '://' in weights else read_weights(weights)[0]
+    inflated = is_dynamic and not any(map(_is_dynamic, state.items()))
+    if weights.startswith(('http://', 'https://')) or any(
+            key.startswith('backbone.') for key in state):
+        if inflated and state:
+            raise InputError(f'{weights} is of a static detector, where the base has dynamic '
+                             'convolutions: make it dynamic by mmdet_odconv swap-backbone '
+                             f'ITS_CONFIG --checkpoint {weights} --out FILE.py, and give '
+                             'new-config that FILE.py and FILE.pth.')
         return dict(backbone=dict(init_cfg=None), load_from=weights), []
-    return dict(backbone=dict(init_cfg=_in_place(
-        backbone, dict(type='Pretrained', checkpoint=weights)))), []
+    start = dict(init_cfg=_in_place(backbone, dict(
+        type='StaticPretrained' if inflated else 'Pretrained', checkpoint=weights)))
+    # Gates that begin at 1 leave a static kernel, and what an optimizer does to it, as it is.
+    if inflated and conv_cfg.get('type') == 'ODConv2d' and 'gate_scale' not in conv_cfg:
+        start['conv_cfg'] = dict(gate_scale=2)
+    return dict(backbone=start), []
+
+
+def _is_dynamic(named: Tuple[str, Tensor]) -> bool:
+    """Whether a tensor of a checkpoint is one that dynamic layers alone have."""
+    name, tensor = named
+    return tensor.dim() == 5 or any(
+        part in name for part in ('attention.', 'KSM_Global.', 'warehouse'))
 
 
 def _in_place(backbone: Dict[str, Any], init_cfg: Dict[str, Any]) -> Dict[str, Any]:
@@ -261,16 +275,22 @@ def _faults_of(config: Config, folders) -> List[str]:
 
 
 def _shared(data: Path, folders: Dict[str, Tuple[str, str]]) -> List[str]:
-    """Images that are trained on and evaluated on: of one name, size and content."""
+    """Images that are trained on and evaluated on: listed twice, or of one name and content."""
     files = {split: {p.name: p for p in (data / images).rglob('*') if p.is_file()}
              for split, (_, images) in folders.items() if (data / images).is_dir()}
     warnings = []
     for split in ('val', 'test'):
-        if split not in files or folders[split][1] == folders['train'][1]:
+        if split not in files:
             continue
-        both = [name for name, path in files[split].items() if name in files['train']
-                and path.stat().st_size == files['train'][name].stat().st_size
-                and path.read_bytes() == files['train'][name].read_bytes()]
+        if folders[split][1] == folders['train'][1]:  # their lists alone tell them apart
+            lists = [json.loads((data / folders[part][0]).read_text())['images']
+                     for part in ('train', split)]
+            both = sorted(set.intersection(*({image['file_name'] for image in images}
+                                             for images in lists)))
+        else:
+            both = [name for name, path in files[split].items() if name in files['train']
+                    and path.stat().st_size == files['train'][name].stat().st_size
+                    and path.read_bytes() == files['train'][name].read_bytes()]
         if both:
             warnings.append(f'{len(both)} images are in both train and {split} (the first: '
                             f'{both[0]}): figures on {split} will flatter')

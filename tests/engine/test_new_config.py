@@ -117,6 +117,33 @@ def test_weights_are_inflated_where_the_backbone_is_dynamic(data, tmp_path, base
     assert Config.fromfile(tmp_path / 'my.py').model.backbone.init_cfg.type == kind
 
 
+@pytest.mark.parametrize(('base', 'attention', 'kind', 'gate_scale'), [
+    ('faster-rcnn_od-r50-k4_fpn_1x_coco', None, 'StaticPretrained', 2),
+    ('faster-rcnn_od-r50-k4_fpn_1x_coco', 'layer1.0.conv1.attention.fc.weight', 'Pretrained', None),
+    ('faster-rcnn_fd-r50_fpn_1x_coco', 'layer1.0.conv1.KSM_Global.fc.weight', 'Pretrained', None),
+    ('mmdet::regnet/faster-rcnn_regnetx-3.2GF_fpn_1x_coco', None, 'Pretrained', None)])
+def test_a_classifiers_file_is_inflated_if_it_is_static(data, tmp_path, base, attention, kind,
+                                                        gate_scale):
+    state = {'conv1.weight': torch.zeros(64, 3, 7, 7), 'layer1.0.conv1.weight': torch.zeros(1)}
+    if attention:
+        state[attention] = torch.zeros(1)
+    file = str(tmp_path / 'classifier.pth')
+    torch.save(state, file)
+    new_config(data, base, tmp_path / 'my.py', file)
+    backbone = Config.fromfile(tmp_path / 'my.py').model.backbone
+    assert backbone.init_cfg == dict(type=kind, checkpoint=file)
+    assert (backbone.get('conv_cfg') or {}).get('gate_scale') == gate_scale
+
+
+def test_a_static_detector_in_a_dynamic_one_is_refused(data, tmp_path):
+    file = str(tmp_path / 'detector.pth')
+    torch.save({'backbone.conv1.weight': torch.zeros(64, 3, 7, 7)}, file)
+    with pytest.raises(InputError, match=r'detector\.pth is of a static detector, .* swap-back'):
+        new_config(data, digits.CONFIG, tmp_path / 'my.py', file)
+    new_config(data, 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco', tmp_path / 'my.py', file)
+    assert Config.fromfile(tmp_path / 'my.py').load_from == file
+
+
 def test_evaluators_in_a_list_and_repeated_data(data, tmp_path):
     base = 'mmdet::cityscapes/mask-rcnn_r50_fpn_1x_cityscapes'
     made = new_config(data, base, tmp_path / 'my.py', 'none')
@@ -163,6 +190,11 @@ def test_a_pascal_voc_folder(data, tmp_path):
     text = (tmp_path / 'again.py').read_text()  # the base has as many classes already
     assert "_base_ = 'my.py'" in text and 'num_classes' not in text
     assert Config.fromfile(tmp_path / 'again.py').model.roi_head.bbox_head.num_classes == 1
+    assert not any('in both' in warning for warning in made.warnings)
+    (root / 'ImageSets/Main/val.txt').write_text('b\na\n')
+    warnings = new_config(root, digits.CONFIG, tmp_path / 'my.py', force=True).warnings
+    assert any(warning.startswith('1 images are in both train and val (the first: a.jpg)')
+               for warning in warnings), warnings
 
 
 @pytest.fixture
