@@ -1,4 +1,5 @@
 """What every dynamic convolution layer shares: geometry, bank, initialisation, forward."""
+import math
 from typing import Callable, Collection, Dict, Literal, Optional, Tuple, TypeVar, Union
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..ops import dynamic_conv2d, with_average
+from ..ops.autograd import without_autocast
 from ..ops.convolution import pair
 from ..ops.dynamic_conv import Size2d
 from .attention import Attention
@@ -93,9 +95,12 @@ class DynamicConv2d(nn.Module):
         self.groups = conv.groups
         self.padding_mode = conv.padding_mode
         self._pad_widths = conv._reversed_padding_repeated_twice
-        if min(*self.kernel_size, *self.stride, *self.dilation) < 1:
-            raise ValueError('kernel_size, stride and dilation must be at least 1, got '
-                             f'{self.kernel_size}, {self.stride} and {self.dilation}')
+        geometry = self.kernel_size, self.stride, self.dilation
+        if any(len(value) != 2 or min(value) < 1 for value in geometry):
+            raise ValueError('kernel_size, stride and dilation, one number or two each, must be at '
+                             f'least 1, got {kernel_size}, {stride} and {dilation}')
+        if not isinstance(self.padding, str) and min(self.padding) < 0:
+            raise ValueError(f'padding must be at least 0, got {padding}')
         self.kernel_num = kernel_num
         self.temperature = temperature
         self.init = init
@@ -115,8 +120,9 @@ class DynamicConv2d(nn.Module):
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        if not isinstance(value, (int, float)) or not value > 0:
-            raise ValueError(f'temperature must be greater than 0, got {value!r}')
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f'temperature must be greater than 0, got {value!r}: give a '
+                             'finite number')
         self._temperature = float(value)
 
     def make_bank(self, device, dtype) -> None:
@@ -298,12 +304,15 @@ class DynamicConv2d(nn.Module):
 
 
 def on_banks(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """``fn``, shown a bank as one 4-D kernel: .to(memory_format=channels_last) knows no 5-D."""
+    """``fn``, shown a bank without the axes that .to(memory_format=...) reorders, or fails on.
+
+    Kernels are made of it as it is, and what orders them for a backend does so image by image.
+    """
 
     def apply(tensor: Tensor) -> Tensor:
         if tensor.dim() != 5:
             return fn(tensor)
-        return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
+        return fn(tensor.flatten(1)).unflatten(1, tensor.shape[1:])
 
     return apply
 
@@ -318,8 +327,7 @@ def in_range(function: Callable, tensor: Tensor, *others):
     if (device == 'meta' or not torch.is_autocast_enabled(device)
             or torch.get_autocast_dtype(device) != torch.float16):
         return function(tensor, *others)
-    with torch.autocast(device, enabled=False):
-        return function(tensor, *others)
+    return without_autocast(device, function, tensor, *others)
 
 
 def placed(module: Module, device, dtype) -> Module:

@@ -24,10 +24,10 @@ class DCDConv2d(DynamicConv2d):
     .. math:: W(x) = \Lambda(x) W_0 + P \Phi(x) Q^T
 
     Lambda scales the Cout rows of the static kernel; Phi, (L, L), fuses the channels in a latent
-    space of width L = C / 2^floor(log2(sqrt(C))), C the fewer of Cin and Cout. Of a larger kernel
-    the fused term is the centre element, the paper's R = [.., 0, 1, 0, ..]. A depthwise kernel has
-    no channels to fuse: there it is its elements, L = floor(kh * kw / 2), that Phi fuses. With
-    other groups each group's channels are fused, all by the same Phi.
+    space of width L = C / 2^floor(log2(sqrt(C))), C the fewer of Cin and Cout (of a group, where
+    there are several, all fused by the same Phi). Of a larger kernel the fused term is the centre
+    element, the paper's R = [.., 0, 1, 0, ..]. A depthwise kernel has no channels to fuse: there it
+    is its elements, L = floor(kh * kw / 2), that Phi fuses.
 
     There is no bank: ``weight`` is W0, (1, Cout, Cin / groups, kh, kw), so that every layer of the
     family stores its static kernels alike. With heads at zero Lambda is 1 and Phi 0: the layer is
@@ -66,23 +66,25 @@ class DCDConv2d(DynamicConv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
                          bias, padding_mode, device, dtype, kernel_num=1, temperature=temperature,
                          init=init)
-        self.fuses_elements = groups == in_channels
+        hidden = hidden_channels(in_channels, reduction, MIN_HIDDEN_CHANNELS)
+        self._set_attention(DCDAttention(in_channels, out_channels, hidden, self.p.shape[1]),
+                            device, dtype)
+
+    def make_bank(self, device, dtype) -> None:
+        super().make_bank(device, dtype)
+        self.fuses_elements = self.groups == self.in_channels
         if self.fuses_elements:
             fused = math.prod(self.kernel_size)
             latent = max(fused // 2, 1)
         else:
-            fused, latent = in_channels, latent_width(min(in_channels, out_channels) // groups)
-        self.p = nn.Parameter(torch.empty(out_channels, latent, device=device, dtype=dtype))
+            fused = self.in_channels
+            latent = latent_width(min(fused, self.out_channels) // self.groups)
+        self.p = nn.Parameter(torch.empty(self.out_channels, latent, device=device, dtype=dtype))
         self.q = nn.Parameter(torch.empty(fused, latent, device=device, dtype=dtype))
-        hidden = hidden_channels(in_channels, reduction, MIN_HIDDEN_CHANNELS)
-        self._set_attention(DCDAttention(in_channels, out_channels, hidden, latent), device, dtype)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """W0 as a static kernel; P and Q so that Phi alone sets the scale of the fused term."""
         super().reset_parameters()
-        if not hasattr(self, 'p'):
-            return  # the base class, which knows of no P, is being constructed
         fan_in = len(self.q) if self.fuses_elements else len(self.q) // self.groups
         nn.init.normal_(self.q, std=fan_in**-0.5)
         nn.init.normal_(self.p, std=self.p.shape[1]**-0.5)

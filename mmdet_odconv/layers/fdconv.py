@@ -45,7 +45,8 @@ class FDConv2d(DynamicConv2d):
             padding_mode, device, dtype: as in :class:`torch.nn.Conv2d`.
         kernel_num: number of frequency groups, >= 1; it need not divide the frequencies.
         reduction: the attention's hidden width is max(int(Cin * reduction), 16); in (0, 1].
-        temperature: divides the logits of all but the local gates; > 0. The release has 1.0.
+        temperature: divides the logits of all but the local gates and those of bands; > 0. The
+            release has 1.0.
         norm_cfg: normalisation inside the attention, as in ODConv2d.
         local: whether elements of the kernel have gates of their own.
         fbm: whether the input of a 3x3 layer has its frequency bands modulated.
@@ -92,7 +93,6 @@ class FDConv2d(DynamicConv2d):
     def make_bank(self, device, dtype) -> None:
         shape = self._frequency_groups().shape
         self.dft_weight = nn.Parameter(torch.empty(1, *shape, 2, device=device, dtype=dtype))
-        self.register_buffer('frequency_groups', None, persistent=False)
         self._place_groups()
 
     def _frequency_groups(self) -> Tensor:
@@ -100,11 +100,12 @@ class FDConv2d(DynamicConv2d):
         return frequency_groups(out_channels * kh, inner * kw, self.kernel_num)
 
     def _place_groups(self) -> None:
+        # No buffer, which whoever averages a model's would average too, and to_empty would leave.
         self.frequency_groups = self._frequency_groups().to(self.dft_weight.device)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._place_groups()  # which are in no file, and of a layer made on 'meta' nowhere else
+        self._place_groups()  # of a layer made on 'meta', whose weights were assigned
 
     @property
     def attention(self) -> 'FDAttention':  # type: ignore[override]  # registered as released
@@ -153,12 +154,8 @@ class FDConv2d(DynamicConv2d):
         scale = self.half_width * self.kernel_num  # of which the attention divides by the latter
         kernels = fourier_kernels(self.dft_weight[0], self.frequency_groups, self.kernel_shape,
                                   kernel_attention * scale, self.groups, **gates).to(x.dtype)
-        geometry = self.stride, padding, self.dilation
-        if x.shape[0] > 0:
-            output = convolve_images(x, kernels, *geometry, self.groups)
-        else:  # all parameters stay in the graph
-            output = F.conv2d(x, kernels.sum(0), None, *geometry, self.groups)
-        return output if self.bias is None else output + self.bias.to(output.dtype)[:, None, None]
+        return convolve_images(x, kernels, self.stride, padding, self.dilation, self.groups,
+                               self.bias)
 
     def elementwise_madds(self, x: Tensor, output: Tensor, attentions: Collection[str]
                           ) -> Tuple[int, int]:
@@ -178,7 +175,9 @@ class FDConv2d(DynamicConv2d):
         def apply(tensor: Tensor) -> Tensor:
             return fn(tensor.flatten()).view(shape) if tensor.shape == shape else fn(tensor)
 
-        return super()._apply(apply, *args, **kwargs)
+        super()._apply(apply, *args, **kwargs)
+        self._place_groups()
+        return self
 
 
 def _transform_madds(elements: int) -> int:

@@ -97,6 +97,8 @@ class ODAttention(Attention):
     at once; hooks on a head do not run.
     """
 
+    scale: Tensor
+
     def __init__(self, in_channels: int, out_channels: int, kernel_size: Tuple[int, int],
                  groups: int, kernel_num: int, reduction: float,
                  norm_cfg: Optional[dict], gate_scale: float = 1.0) -> None:
@@ -114,6 +116,11 @@ class ODAttention(Attention):
         kernel_area = math.prod(kernel_size)
         self.spatial_fc = PooledLinear(hidden, kernel_area) if kernel_area > 1 else None
         self.kernel_fc = PooledLinear(hidden, kernel_num) if kernel_num > 1 else None
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.gate_scale != 1:
+            self.scale.fill_(self.gate_scale)
 
     def reset_to_constant(self) -> float:
         """Answer every input alike: kernels equally, gates halfway; return the product of gates."""
@@ -161,7 +168,7 @@ def build_pooled_norm(cfg: dict, channels: int) -> nn.Module:
     channels, is GroupNorm with one group.
 
     Raises:
-        ValueError: for another type, or for groups that leave one value to normalise.
+        ValueError: for another type, or for what leaves one value to normalise.
     """
     norm: nn.Module
     if not isinstance(cfg, dict):
@@ -171,6 +178,10 @@ def build_pooled_norm(cfg: dict, channels: int) -> nn.Module:
     kind = cfg.pop('type', None)
     requires_grad = cfg.pop('requires_grad', True)
     if kind in ('BN', 'SyncBN'):
+        if not cfg.get('track_running_stats', True):
+            raise ValueError('norm_cfg of the attention: without running averages it has nothing '
+                             'to normalise one image by, got track_running_stats=False: leave it '
+                             'out')
         norm = (nn.BatchNorm2d if kind == 'BN' else nn.SyncBatchNorm)(channels, **cfg)
     elif kind in ('GN', 'LN'):
         num_groups = cfg.pop('num_groups', 1 if kind == 'LN' else math.gcd(channels, 4))
@@ -195,7 +206,7 @@ def normalise_pooled(norm: nn.Module, x: Tensor) -> Tensor:
     own = next((t for t in (*norm.parameters(), *norm.buffers()) if t.is_floating_point()), None)
     if own is not None and x.dtype == torch.float32 and own.dtype == torch.float16:
         return normalise_pooled(norm, x.half()).float()
-    if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
+    if isinstance(norm, nn.modules.batchnorm._BatchNorm):
         alone = norm.training and len(x) < 2 and not _is_synchronised(norm)
         if alone and len(x) == 1 and not torch.compiler.is_compiling():
             _warn_single_image()

@@ -3,7 +3,6 @@ import inspect
 import re
 from typing import Callable, Dict, List, Union
 
-import torch
 from mmengine.registry import MODELS
 from torch import nn
 
@@ -20,8 +19,8 @@ def replace_convs(model: nn.Module, chosen: Union[str, Callable[[str], bool]], c
         model: any torch model.
         chosen: a regular expression for whole names, or a function of a name; every
             :class:`torch.nn.Conv2d` so chosen is replaced by a layer of the same geometry, frozen
-            and in the mode and memory format that it was. One that is used under several names is
-            shared by them still.
+            and in the mode that it was. One that is used under several names is shared by them
+            still.
         conv_cfg: the layer, e.g. ``dict(type='ODConv2d', kernel_num=4)``; the geometry is not its
             to say.
         inflate: give the layer the output of the convolution before; else it is initialised
@@ -95,9 +94,6 @@ def _dynamic(conv: nn.Conv2d, layer: type, conv_cfg: dict, inflate: bool) -> Dyn
                     conv.padding_mode, conv.weight.device, conv.weight.dtype, **conv_cfg)
     if inflate:
         dynamic.inflate(conv.weight, conv.bias)
-    if (conv.weight.is_contiguous(memory_format=torch.channels_last)
-            and not conv.weight.is_contiguous()):  # both, and nothing to do, in a 1x1 kernel
-        dynamic.to(memory_format=torch.channels_last)
     if not conv.weight.requires_grad:
         dynamic.requires_grad_(False)
     if conv.bias is not None:

@@ -60,13 +60,18 @@ class WarehouseManager(nn.Module):
             torch.empty(cells, *cell_shape, device=tau.device, dtype=tau.dtype)))
         return Warehouse(self, len(self.weights) - 1, budget)
 
+    def init_weights(self) -> None:
+        """Nothing is fixed, until a hook says so: of cells, the layers have their own."""
+        self.tau.zero_()
+
     def _apply(self, fn, *args, **kwargs):
         return super()._apply(on_banks(fn), *args, **kwargs)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         if self.takes_static:  # the layers have filled it
             state_dict.update(self.state_dict(prefix=prefix))
-        state_dict.setdefault(prefix + 'tau', torch.zeros_like(self.tau))
+        device = None if self.tau.is_meta else self.tau.device  # assigned, it is to be somewhere
+        state_dict.setdefault(prefix + 'tau', torch.zeros((), dtype=self.tau.dtype, device=device))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -129,7 +134,8 @@ class KWConv2d(DynamicConv2d):
     attention function,
 
     .. math:: w_i = \sum_j \alpha_{ij} e_j, \qquad
-              \alpha_{ij} = \tau \beta_{ij} + (1 - \tau) \frac{z_{ij}(x)}{\sum_p |z_{ip}(x)|}
+              \alpha_{ij} = \tau \beta_{ij} + (1 - \tau)
+              \frac{z_{ij}(x)}{\sum_p |z_{ip}(x)| + 10^{-3}}
 
     over all cells e of the warehouse, which other layers mix too. Mixing costs n |W| multiply-adds
     an image, |W| the elements of the kernel, whatever the resolution.
@@ -194,7 +200,8 @@ class KWConv2d(DynamicConv2d):
         """Compute what a static convolution computes, on every input, and learn from there.
 
         The attention answers every input with beta, one cell to each mixture, and that cell is the
-        kernel's. The other cells of a budget above 1 stay as they are.
+        kernel's, where tau is 0; during a warm-up it is up to a thousandth more. The other cells of
+        a budget above 1 stay as they are.
 
         Args:
             kernel, bias: see :meth:`DynamicConv2d.inflate`.
@@ -222,10 +229,18 @@ class KWConv2d(DynamicConv2d):
                 "convert static ones (init_cfg=dict(type='StaticPretrained', checkpoint=...)), or "
                 'give none (init_cfg=None, frozen_stages=-1) to train from scratch.')
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        # It is in no file, and of a layer made on 'meta' nowhere else.
-        attention = self.attention
-        attention.beta = self.warehouse.beta(attention.mixtures, self.own).to(
-            attention.fc1.weight)
+        like = self.attention.fc1.weight
+        # What is on 'meta' yet may be assigned from the file.
+        self._place_beta(state_dict.get(prefix + 'attention.fc1.weight', like) if like.is_meta
+                         else like)
+
+    def init_weights(self) -> None:
+        self._place_beta(self.attention.fc1.weight)
+        super().init_weights()
+
+    def _place_beta(self, like: Tensor) -> None:
+        """Make anew what is in no file, and of a layer made on 'meta' nowhere else."""
+        self.attention.beta = self.warehouse.beta(self.attention.mixtures, self.own).to(like)
 
     def convolve(self, x: Tensor, padding, *,  # type: ignore[override]  # of its own attention
                  cell_attention: Tensor) -> Tensor:
@@ -235,8 +250,8 @@ class KWConv2d(DynamicConv2d):
         dtype = sum_dtype(cells.dtype)
         kernels = in_range(mix_cells, attention.to(dtype), cells.to(dtype), self.kernel_shape)
         kernels = kernels.to(x.dtype)
-        output = convolve_images(x, kernels, self.stride, padding, self.dilation, self.groups)
-        return output if self.bias is None else output + self.bias.to(output.dtype)[:, None, None]
+        return convolve_images(x, kernels, self.stride, padding, self.dilation, self.groups,
+                               self.bias)
 
     def extra_repr(self) -> str:
         """As of the other layers, with what it takes from its warehouse in the place of a bank."""

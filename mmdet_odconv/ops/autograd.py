@@ -15,13 +15,17 @@ def as_in_forward(backward: Callable) -> Callable:
 
     @functools.wraps(backward)
     def run(ctx, grad):
-        device = grad.device.type
-        if device == 'meta' or not torch.is_autocast_enabled(device):
-            return backward(ctx, grad)
-        with torch.autocast(device, enabled=False):
-            return backward(ctx, grad)
+        return without_autocast(grad.device.type, backward, ctx, grad)
 
     return run
+
+
+def without_autocast(device_type: str, function: Callable, *arguments):
+    """``function`` of these arguments, in their own dtypes."""
+    if device_type == 'meta' or not torch.is_autocast_enabled(device_type):
+        return function(*arguments)
+    with torch.autocast(device_type, enabled=False):
+        return function(*arguments)
 
 
 class Planned(torch.autograd.Function):

@@ -10,7 +10,7 @@ from typing import Iterator, List, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from .autograd import as_in_forward
+from .autograd import as_in_forward, without_autocast
 from .convolution import is_traced
 from .spectrum import is_published
 
@@ -42,15 +42,10 @@ def modulate_bands(input: Tensor, gates: Tensor) -> Tensor:
         (B, C, H, W).
     """
     wide = torch.float64 if input.dtype == torch.float64 else torch.float32
-    device = input.device.type
-    plain = is_traced()
-    if not plain and is_published():
-        return published_bands(input.to(wide), gates.to(wide)).to(input.dtype)
-    function = _modulate if plain else BandModulation.apply
-    if device == 'meta' or not torch.is_autocast_enabled(device):
-        return function(input.to(wide), gates.to(wide)).to(input.dtype)
-    with torch.autocast(device, enabled=False):
-        return function(input.to(wide), gates.to(wide)).to(input.dtype)
+    function = (_modulate if is_traced() else published_bands if is_published() else
+                BandModulation.apply)
+    return without_autocast(input.device.type, function, input.to(wide), gates.to(wide)
+                            ).to(input.dtype)
 
 
 def published_bands(input: Tensor, gates: Tensor) -> Tensor:

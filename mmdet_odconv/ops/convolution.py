@@ -12,7 +12,7 @@ from .machine import NOMINAL, Machine, machine
 
 
 def convolve_images(input: Tensor, kernels: Tensor, stride=1, padding=0, dilation=1,
-                    groups: int = 1) -> Tensor:
+                    groups: int = 1, bias: Optional[Tensor] = None) -> Tensor:
     """Convolve the b-th image with the b-th kernel; differentiable, as often as one likes.
 
     By the backend that static convolutions go through, one call an image or one grouped by image,
@@ -22,6 +22,7 @@ def convolve_images(input: Tensor, kernels: Tensor, stride=1, padding=0, dilatio
         input: (B, Cin, H, W); B may be 0.
         kernels: (B, Cout, Cin / groups, kh, kw).
         stride, padding, dilation, groups: as in :func:`torch.nn.functional.conv2d`.
+        bias: (Cout,), added as it is.
 
     Returns:
         (B, Cout, Hout, Wout).
@@ -31,8 +32,14 @@ def convolve_images(input: Tensor, kernels: Tensor, stride=1, padding=0, dilatio
             padding, widths = resolve_padding(constants(kernels.shape[3:]), pair(stride), padding,
                                               pair(dilation))
             input = input if widths is None else F.pad(input, widths)
-        return exported_convolve_images(input, kernels, stride, padding, dilation, groups)
-    if len(input) == 0:
+        return exported_convolve_images(input, kernels, stride, padding, dilation, groups,
+                                        None if bias is None else bias.to(input.dtype))
+    output = _convolved(input, kernels, stride, padding, dilation, groups)
+    return output if bias is None else output + bias.to(output.dtype)[:, None, None]
+
+
+def _convolved(input: Tensor, kernels: Tensor, stride, padding, dilation, groups: int) -> Tensor:
+    if len(input) == 0:  # no image has a kernel, but all arguments stay in the graph
         return F.conv2d(input, kernels.sum(0), None, stride, padding, dilation, groups)
     way = choose_way(input, kernels.shape[1:], stride, padding, dilation, groups)
     if way == 'product':

@@ -88,8 +88,8 @@ def dynamic_conv2d(input: Tensor,
         with torch.autocast(device, enabled=False):
             output = _run(plan, input, weight, *attentions, *geometry)
     elif is_exporting():  # runtimes join a convolution's own bias, and what follows it, to it
-        return exported_conv2d(input, weight, kernel_attention, spatial_attention,
-                               channel_attention, filter_attention, *geometry, bias=bias)
+        a, s, c, f = kernels.in_dtype(input.dtype, *attentions)
+        return exported_conv2d(input, weight, a, s, c, f, *geometry, bias=bias)
     else:
         output = _run(plan, input, weight, *attentions, *geometry)
     return output if bias is None else output + bias.to(output.dtype)[:, None, None]

@@ -58,7 +58,7 @@ def as_matrices(weight: Tensor, s: Optional[Tensor], c: Optional[Tensor], f: Opt
                 groups: int) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
     """The bank; c and s as one gate of its columns, (B, groups or 1, 1, I); f, (B, groups, rows).
 
-    Views, but for a gate of both c and s.
+    The bank and f are views where they are contiguous.
     """
     bank_size, out_channels, group_channels, *kernel_size = weight.shape
     area = kernel_size[0] * kernel_size[1]

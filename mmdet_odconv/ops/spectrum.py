@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import dynamic_conv
-from .autograd import as_in_forward
+from .autograd import as_in_forward, without_autocast
 from .convolution import is_traced
 from .kernels import ALL, BLOCK_BYTES, slices
 
@@ -101,13 +101,9 @@ def fourier_kernels(spectrum: Tensor,
         return tensors[1].new_zeros(0, *kernel_shape) + sum(
             t.sum() for t in tensors if t is not None)
     arguments = (*tensors, frequency_groups, tuple(kernel_shape), groups)
-    device = spectrum.device.type
     plain = is_traced() or is_published()
-    function = published_kernels if plain else FourierKernels.apply
-    if device == 'meta' or not torch.is_autocast_enabled(device):
-        return function(*arguments)
-    with torch.autocast(device, enabled=False):
-        return function(*arguments)
+    return without_autocast(spectrum.device.type,
+                            published_kernels if plain else FourierKernels.apply, *arguments)
 
 
 def is_published() -> bool:

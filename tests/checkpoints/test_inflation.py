@@ -204,10 +204,15 @@ def test_a_model_that_cannot_be_converted_is_left_as_it_was(change, conv_cfg, me
     assert all(now is then for now, then in zip(model, before))
 
 
-def test_memory_format_is_kept():
+@pytest.mark.parametrize('kind', ['ODConv2d', 'DCDConv2d', 'FDConv2d'])
+def test_no_step_copies_a_bank_because_of_its_memory_format(kind):
     model = nn.Sequential(nn.Conv2d(8, 8, 3)).to(memory_format=torch.channels_last)
-    to_dynamic(model, dict(type='ODConv2d'))
-    assert model[0].weight[0].is_contiguous(memory_format=torch.channels_last)
+    x = torch.randn(2, 8, 5, 7).to(memory_format=torch.channels_last)
+    expected = model(x)
+    to_dynamic(model, dict(type=kind))
+    model.to(memory_format=torch.channels_last)
+    assert getattr(model[0], model[0].bank_name).is_contiguous()
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_weights_of_another_or_a_dynamic_network_are_no_static_ones():

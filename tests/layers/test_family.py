@@ -15,6 +15,7 @@ from mmengine.registry import MODELS
 from reference import randomised
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from mmdet_odconv import (
@@ -129,6 +130,9 @@ def test_constructor_is_that_of_conv2d_and_the_papers_defaults(cls, default):
     (dict(init='xavier'), r"init must be one of \('zero', 'he'\), got 'xavier'"),
     (dict(temperature=0), 'temperature must be greater than 0, got 0'),
     (dict(temperature=float('nan')), 'temperature must be greater than 0, got nan'),
+    (dict(temperature=float('inf')), 'temperature must be greater than 0, got inf: give a finite'),
+    (dict(norm_cfg=dict(type='BN', track_running_stats=False)), 'got track_running_stats=False: '),
+    (dict(padding=-1), 'padding must be at least 0, got -1'),
     (dict(groups=3), 'divisible by groups, got 8 and 12 with groups=3'),
     (dict(groups=0), 'divisible by groups, got 8 and 12 with groups=0'),
     (dict(padding_mode='mirror'), "padding_mode must be one of .* padding_mode='mirror'"),
@@ -525,6 +529,49 @@ def test_is_made_without_memory(cls, place):
         assert torch.equal(layer.eval()(x), made.eval()(x))
 
 
+@pytest.mark.parametrize(('cls', 'arguments'), [
+    *((cls, {}) for cls in LAYERS), (ODConv2d, dict(gate_scale=2))])
+def test_what_memory_held_is_gone_once_weights_are_initialised(cls, arguments):
+    with torch.device('meta'):
+        layer = cls(8, 8, 3, padding=1, **arguments)
+    layer = layer.to_empty(device='cpu')
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        tensor.data.fill_(77)
+    torch.manual_seed(0)
+    layer.init_weights()
+    made = cls(8, 8, 3, padding=1, **arguments)
+    torch.manual_seed(0)
+    made.init_weights()
+    x = torch.randn(2, 8, 9, 9)
+    assert torch.equal(layer(x), made(x))
+    assert all(torch.equal(value, made.state_dict()[name])
+               for name, value in layer.state_dict().items())
+
+
+@every_layer
+@pytest.mark.parametrize('decay', [0.9, 0.9999])
+def test_averages_of_weights_and_buffers(cls, decay):
+    """What is equal at all times is the average, too."""
+    model = nn.Sequential(randomised(cls(8, 8, 3)))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    for _ in range(20):
+        average.update_parameters(model)
+    x = torch.randn(2, 8, 9, 9)
+    torch.testing.assert_close(average.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+@every_layer
+@pytest.mark.parametrize('options', [{}, dict(kernel_num=1)])
+def test_half_layers_are_traced(cls, options):
+    if not all(has(cls, name) for name in options):
+        return
+    layer = randomised(cls(16, 16, 3, padding=1, **options)).half().eval()
+    x = torch.randn(1, 16, 8, 8).half()
+    traced = torch.jit.trace(layer, x)
+    assert traced(x).dtype == torch.float16
+    torch.testing.assert_close(traced(x), layer(x), rtol=1e-2, atol=1e-2)
+
+
 @every_layer
 def test_scripting_is_refused_with_the_way_to_go(cls):
     sentence = rf'{cls.__name__} cannot be scripted, .*: use torch\.jit\.trace or torch\.export'
@@ -562,7 +609,8 @@ def test_float16_holds_gradients_where_it_holds_those_of_static_layers(cls, size
 
 
 @every_layer
-@pytest.mark.parametrize('change', [dict(kernel_size=(0, 3)), dict(stride=0), dict(dilation=0)])
+@pytest.mark.parametrize('change', [dict(kernel_size=(0, 3)), dict(stride=0), dict(dilation=0),
+                                    dict(kernel_size=(3, )), dict(kernel_size=(3, 3, 3))])
 def test_a_geometry_of_nothing_is_refused(cls, change):
     with pytest.raises(ValueError, match='must be at least 1, got'):
         cls(**{**dict(in_channels=8, out_channels=8, kernel_size=3), **change})
