@@ -32,7 +32,8 @@ class DynamicBackbone(BaseModule):
             there.
 
     Raises:
-        InputError: if ``dynamic_convs`` is no regular expression or matches no convolution.
+        InputError: if ``dynamic_convs`` or ``frozen_except`` is no regular expression or matches
+            nothing.
         ValueError: if ``conv_cfg`` names no dynamic convolution, or one without these arguments.
     """
 
@@ -70,6 +71,10 @@ class DynamicBackbone(BaseModule):
                              f'such as {self.dynamic_convs!r}.')
         self._warn_of_unlike_norms((kwargs.get('norm_cfg') or {}).get('type', 'BN'))
         read_published_names(self)
+        if frozen_except is not None and not any(
+                re.search(frozen_except, name) for name, _ in self.named_parameters()):
+            raise InputError(f'frozen_except={frozen_except!r} is in the name of no parameter of '
+                             f'{type(self).__name__}: mend it, or leave it out.')
         self.frozen_except = frozen_except
         self._freeze_stages()
 

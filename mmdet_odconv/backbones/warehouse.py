@@ -42,11 +42,13 @@ class WarehouseBackbone(DynamicBackbone):
         if budget not in self.budgets:
             raise InputError(f'{type(self).__name__} has the budgets '
                              f'{", ".join(map(repr, self.budgets))}, got {budget!r}.')
-        kind = (conv_cfg or {}).get('type', KWConv2d)
-        if kind is not KWConv2d:
-            raise InputError(f'{type(self).__name__} is of KWConv2d alone, got conv_cfg of type '
-                             f'{kind}: take ODResNet or ODMobileNetV2 for another layer.')
-        super().__init__(*args, conv_cfg=dict(conv_cfg or {}, budget=budget), **kwargs)
+        if isinstance(conv_cfg or {}, dict):  # else refused below
+            kind = (conv_cfg or {}).get('type', KWConv2d)
+            if kind not in (KWConv2d, 'KWConv2d'):
+                raise InputError(f'{type(self).__name__} is of KWConv2d alone, got conv_cfg of '
+                                 f'type {kind}: take ODResNet or ODMobileNetV2 for another layer.')
+            conv_cfg = dict(conv_cfg or {}, type=KWConv2d, budget=budget)
+        super().__init__(*args, conv_cfg=conv_cfg, **kwargs)
 
     def make_dynamic(self, pattern: str, conv_cfg: dict) -> List[str]:
         budget = float(fractions.Fraction(conv_cfg.pop('budget').rstrip('x')))
@@ -98,9 +100,11 @@ class KWResNet(WarehouseBackbone, ResNet):
         return dict(basis_ratio=1 / 16) if budget < 1 and self.block is Bottleneck else {}
 
     def warehouse_of(self, name: str, budget: float) -> Optional[Tuple[Hashable, float]]:
-        layer, block, conv = name.split('.')[:3]
-        stage = int(layer[len('layer'):])
-        if block == '0' and conv in ('conv1', 'downsample'):
+        found = re.match(r'layer(\d)\.(\d+)\.(\w+)', name)
+        if found is None:
+            return None
+        stage = int(found[1])
+        if found[2] == '0' and found[3] in ('conv1', 'downsample'):
             stage -= 1
             if stage == 0 and self.block is not Bottleneck:
                 stage = 1

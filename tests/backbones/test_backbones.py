@@ -342,6 +342,7 @@ def test_any_layer_in_any_backbone_with_its_own_defaults(cls, layer, bank):
     (dict(dynamic_convs='layer1'), "'layer1' matches the name of no convolution of DyResNet"),
     (dict(dynamic_convs='layer('), r"'layer\(' is no regular expression"),
     (dict(frozen_except='KSM('), r"frozen_except='KSM\(' is no regular expression"),
+    (dict(frozen_except='KSM_|FMB'), r"frozen_except='KSM_\|FMB' is in the name of no param"),
     (dict(conv_cfg=dict(type='CondConv2d'), reduction=0.5), 'CondConv2d has no argument reduction'),
     (dict(conv_cfg=dict(type='DCDConv2d'), kernel_num=4), 'DCDConv2d has no argument kernel_num')])
 def test_bad_choices_of_dynamic_convolutions(arguments, message):

@@ -147,17 +147,46 @@ def test_cells_train_where_somebody_froze_the_attention():
 def test_what_is_in_no_file_is_made_anew_when_weights_are_loaded():
     source = KWResNet(18)
     source.warehouse_manager.tau.fill_(0.5)
+    x = torch.randn(1, 3, 32, 32)
+    source.eval()
+    expected = source(x)
+    with torch.device('meta'):
+        assigned = KWResNet(18)
+    state = source.state_dict()
+    assigned.load_state_dict(state, assign=True)
+    assigned.eval()
+    assert all(map(torch.equal, assigned(x), expected))
+    del state['warehouse_manager.tau']  # as of the release: of a trained network
+    with torch.device('meta'):
+        assigned = KWResNet(18)
+    assigned.load_state_dict(state, assign=True)
+    assigned.eval()
+    assert assigned.warehouse_manager.tau.item() == 0 and assigned(x)[0].isfinite().all()
     with torch.device('meta'):
         model = KWResNet(18)
     model = model.to_empty(device='cpu')
     for buffer in model.buffers():
         buffer.fill_(77)  # as memory may
     model.load_state_dict(source.state_dict())
-    for network in (model, source):
-        network.eval()
-    x = torch.randn(1, 3, 32, 32)
-    for found, expected in zip(model(x), source(x)):
-        assert torch.equal(found, expected)
+    model.eval()
+    assert all(map(torch.equal, model(x), expected))
+    for buffer in model.buffers():
+        buffer.fill_(77)
+    model.init_weights()
+    assert model.warehouse_manager.tau.item() == 0
+    conv = model.layer3[1].conv2
+    assert torch.equal(conv.attention.beta, source.layer3[1].conv2.attention.beta)
+
+
+def test_all_convolutions_asked_for_and_the_layer_by_name():
+    with torch.device('meta'):
+        named = KWResNet(18, conv_cfg=dict(type='KWConv2d', norm_cfg=dict(type='LN')))
+        asked, deep = (KWResNet(18, dynamic_convs='.*', deep_stem=deep) for deep in (False, True))
+    assert isinstance(named.layer1[0].conv1.attention.norm1, nn.GroupNorm)
+    assert isinstance(asked.conv1, nn.Conv2d) and isinstance(deep.stem[0], nn.Conv2d)
+    assert isinstance(asked.layer1[0].conv1, KWConv2d)
+    with pytest.raises(InputError, match="conv_cfg must be a dict such as .*, got 'KWConv2d'"):
+        KWResNet(18, conv_cfg='KWConv2d')
 
 
 @pytest.mark.parametrize(('excepted', 'frozen'), [
