@@ -49,8 +49,8 @@ endif
 	  echo 'Installing $(TORCH)'; $(PIP) '$(TORCH)' 'setuptools<81'; }  # torch alone would raise it
 	@$(BIN)/python -c 'import mmcv.ops; from packaging.requirements import Requirement; \
 	  assert mmcv.__version__ in Requirement("$(MMCV)").specifier' 2>/dev/null || { \
-	  echo "Installing $(MMCV) with its ops. The first time on a machine this compiles them, about"; \
-	  echo "10 minutes on 2 cores; pip keeps the result, and the next time takes seconds."; \
+	  echo "Installing $(MMCV) with its ops. The first time on a machine this compiles them,"; \
+	  echo "10 to 40 minutes on 2 cores; pip keeps the result, and the next time takes seconds."; \
 	  MMCV_WITH_OPS=1 $(PIP) --no-build-isolation '$(MMCV)' || \
 	  { echo 'error: mmcv was not built: see docs/troubleshooting.md'; exit 1; }; }
 	@echo 'Installing mmengine, mmdet and what tests and tools need, about two minutes'

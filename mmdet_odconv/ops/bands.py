@@ -10,9 +10,9 @@ from typing import Iterator, List, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from . import dynamic_conv
 from .autograd import as_in_forward, without_autocast
 from .convolution import is_traced
-from .spectrum import is_published
 
 BAND_NUM = 3  # gates; what is below the last band passes as it is
 
@@ -42,7 +42,7 @@ def modulate_bands(input: Tensor, gates: Tensor) -> Tensor:
         (B, C, H, W).
     """
     wide = torch.float64 if input.dtype == torch.float64 else torch.float32
-    function = (_modulate if is_traced() else published_bands if is_published() else
+    function = (_modulate if is_traced() else published_bands if dynamic_conv.is_published() else
                 BandModulation.apply)
     return without_autocast(input.device.type, function, input.to(wide), gates.to(wide)
                             ).to(input.dtype)

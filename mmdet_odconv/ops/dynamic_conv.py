@@ -21,8 +21,8 @@ from .convolution import (
     way_costs,
 )
 from .exported import exported_conv2d, is_exporting
-from .grouped import grouped_conv2d
 from .machine import Machine
+from .published import published_conv2d
 
 Size2d = Union[int, Tuple[int, int]]
 ATTENTION_LAUNCHES = 12  # of a forward pass of ODConv's attention
@@ -95,9 +95,9 @@ def dynamic_conv2d(input: Tensor,
     return output if bias is None else output + bias.to(output.dtype)[:, None, None]
 
 
-# 'plain' is for compilers and torch.func, 'grouped' for comparison: both are never the cheapest.
+# 'plain' is for compilers and torch.func, 'published' for comparison: both are never the cheapest.
 PLANS: Dict[str, Optional[ModuleType]] = dict(
-    blocked=blocked, folded=folded, fused=fused, shared=shared, plain=None, grouped=None)
+    blocked=blocked, folded=folded, fused=fused, shared=shared, plain=None, published=None)
 _forced_plan: contextvars.ContextVar[Optional[str]] = contextvars.ContextVar('plan', default=None)
 
 
@@ -105,7 +105,7 @@ def _run(plan: str, *arguments) -> Tensor:
     input, weight, *attentions = arguments[:6]
     whole: Optional[Callable] = (
         exported_conv2d if is_exporting() else _empty_batch if input.shape[0] == 0 else
-        grouped_conv2d if plan == 'grouped' else None)
+        published_conv2d if plan == 'published' else None)
     if whole is not None:
         return whole(input, weight, *kernels.in_dtype(input.dtype, *attentions), *arguments[6:])
     if plan == 'plain':
@@ -122,6 +122,11 @@ def _needs_gradients(*tensors: Optional[Tensor]) -> bool:
 def forced_plan() -> Optional[str]:
     """The plan of :func:`force_plan`, in this thread, or None."""
     return _forced_plan.get()
+
+
+def is_published() -> bool:
+    """Whether plan 'published', the formulation of the published code, is forced."""
+    return forced_plan() == 'published'
 
 
 @contextlib.contextmanager

@@ -101,14 +101,9 @@ def fourier_kernels(spectrum: Tensor,
         return tensors[1].new_zeros(0, *kernel_shape) + sum(
             t.sum() for t in tensors if t is not None)
     arguments = (*tensors, frequency_groups, tuple(kernel_shape), groups)
-    plain = is_traced() or is_published()
+    plain = is_traced() or dynamic_conv.is_published()
     return without_autocast(spectrum.device.type,
                             published_kernels if plain else FourierKernels.apply, *arguments)
-
-
-def is_published() -> bool:
-    """Whether plan 'grouped', the formulation of the published code, is forced."""
-    return dynamic_conv.forced_plan() == 'grouped'
 
 
 def published_kernels(spectrum, a, c, f, s, u, w, frequency_groups, kernel_shape, groups):

@@ -182,7 +182,7 @@ def test_autocast(cls, dtype, groups):
 
 
 @pytest.mark.parametrize('kernel_size', [1, 3])
-@pytest.mark.parametrize('plan', [None, 'blocked', 'folded', 'grouped'])
+@pytest.mark.parametrize('plan', [None, 'blocked', 'folded', 'published'])
 @every_layer
 def test_output_may_be_changed_in_place(cls, plan, kernel_size):
     """As nn.Conv2d's: by an in-place activation or a residual added to it."""

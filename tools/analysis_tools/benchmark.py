@@ -9,7 +9,7 @@
     python benchmark.py detector faster-rcnn_od-r50-k4_fpn_1x_coco.py --mode iteration
     python benchmark.py --suite
 
-Alternatives, interleaved round by round: ``static`` (nn.Conv2d), ``grouped`` (the formulation of
+Alternatives, interleaved round by round: ``static`` (nn.Conv2d), ``published`` (the formulation of
 the published code, a plan of dynamic_conv2d; DCD and KernelWarehouse have none) and ``ours`` (the
 plan that dynamic_conv2d chooses). Milliseconds are medians over the rounds. Modes: 'inference', a
 forward pass; 'training', a forward and a backward pass; 'iteration', of a detector, both with its
@@ -81,11 +81,11 @@ class Case:
         self.label, self.x, self.dtype = label, x, dtype
         self.forward = forward or (lambda model, x: model(x))
         self.step = step
-        self.models = {'static': (static, None), 'grouped': (dynamic, 'grouped'),
+        self.models = {'static': (static, None), 'published': (dynamic, 'published'),
                        'ours': (dynamic, None)}
         if any(isinstance(module, (layers.DCDConv2d, layers.KWConv2d))
                for module in dynamic.modules()):
-            del self.models['grouped']
+            del self.models['published']
 
     @contextlib.contextmanager
     def _plan(self, alternative):
@@ -350,7 +350,7 @@ def print_table(records, modes, machine, console):
     for mode in modes:
         table.add_column(f'{mode}, ms', justify='right')
         table.add_column('to static', justify='right')
-        table.add_column('to grouped', justify='right')
+        table.add_column('to published', justify='right')
     for key in sizes:
         table.add_column(f'{key}, MB', justify='right')
         table.add_column('to static', justify='right')
@@ -359,7 +359,7 @@ def print_table(records, modes, machine, console):
         row = [record['case'] if first else '', record['alternative']]
         for mode in modes:
             row += [f'{record[mode]:.1f}', f'{record["to_static"][mode]:.2f}',
-                    f'{record["to_grouped"][mode]:.2f}' if 'to_grouped' in record else ''
+                    f'{record["to_published"][mode]:.2f}' if 'to_published' in record else ''
                     ] if mode in record else [''] * 3  # what is fused is not trained
         for key in sizes:
             row += [f'{record[key]:.0f}', f'{record["to_static"][key]:.2f}'
@@ -380,9 +380,10 @@ def draw(records, modes, path):
     titles = {'inference': 'inference, time', 'training': 'training step, time',
               'iteration': "iteration with optimizer's step, time",
               'saved': 'memory saved for backward'}
-    names = {'grouped': 'published formulation', 'ours': 'ours'}
+    names = {'published': 'published formulation', 'ours': 'ours'}
     for axis, panel in zip(axes.flat, panels):
-        for offset, alternative, colour in ((-0.2, 'grouped', '#e69f00'), (0.2, 'ours', '#0072b2')):
+        for offset, alternative, colour in ((-0.2, 'published', '#e69f00'),
+                                            (0.2, 'ours', '#0072b2')):
             values = {r['case']: r['to_static'][panel] for r in records
                       if r['alternative'] == alternative and panel in r['to_static']}
             bars = axis.barh([labels.index(case) + offset for case in values], values.values(),

@@ -134,7 +134,7 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     table = Table(title=f'{args.mode}, ms')
-    served = sorted(set(PLANS) - {'grouped', 'plain'})
+    served = sorted(set(PLANS) - {'published', 'plain'})
     columns = ['kernel_num', 'weight', 'input', 'stride', *served,
                'chosen', 'to the best']
     for column in columns:

@@ -6,7 +6,7 @@ leaves the backward pass, and what is kept for it, to autograd.
 import torch.nn.functional as F
 
 
-def grouped_conv2d(input, weight, kernel_attention, spatial_attention, channel_attention,
+def published_conv2d(input, weight, kernel_attention, spatial_attention, channel_attention,
                    filter_attention, stride, padding, dilation, groups):
     """See :func:`~mmdet_odconv.ops.dynamic_conv2d`."""
     batch, out_channels = len(input), weight.shape[1]
