@@ -66,6 +66,9 @@ def detect(inputs: str, config: str, weights: str, out_dir: str, score: float = 
     kind = Path(inputs).suffix.lower()
     if Path(inputs).is_file() and kind not in (*IMG_EXTENSIONS, *CODECS):
         raise InputError(f'{inputs} is neither an image nor a video in MP4 or AVI: convert it.')
+    if batch_size < 1:
+        raise InputError(f'batch_size is {batch_size}, where at least one image at a time was '
+                         'expected.')
     path = config_path(config)
     read_weights(weights)  # which refuses in one sentence what MMEngine fails on or only logs
     source = Path(inputs) if Path(inputs).is_dir() else Path(inputs).parent

@@ -243,6 +243,8 @@ def test_image_demo(root, run, monkeypatch):
     code, _ = run('image_demo.py', 'data/digits/val', 'faster.py', '--weights', 'backbone.pth',
                   '--device', 'cpu')
     assert re.match(r'error: backbone.pth lacks \d+ tensors of the config, such as', code)
+    code, _ = run('image_demo.py', 'camera', *demo, 'camera-out', '--batch-size', '0')
+    assert code.startswith('error: batch_size is 0, where at least one')
     code, _ = run('image_demo.py', 'none.jpg', 'faster.py', '--weights', 'faster.pth')
     assert code.startswith('error: none.jpg does not exist: give an image')
     code, _ = run('image_demo.py', 'data/digits/val', 'faster-rcnn_od-r18-k4', '--weights', 'x.pth')
