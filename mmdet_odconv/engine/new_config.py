@@ -138,10 +138,12 @@ def _start(config: Config, weights: Optional[str]) -> Tuple[Dict[str, Any], List
         missing = file and '://' not in file and not Path(file).is_file()
         return {}, [f'the base starts from {file}, which is not here: put it there, or choose '
                     'another start with --weights'] if missing else []
+    # A detector's weights, which the base may start from, would come over a backbone's.
+    nothing_else = dict(load_from=None) if config.get('load_from') else {}
     if weights == 'none':
         frozen = {key: value for key, value in (('frozen_stages', -1), ('norm_eval', False))
                   if key in backbone}
-        return dict(backbone=dict(init_cfg=None, **frozen)), []
+        return dict(backbone=dict(init_cfg=None, **frozen), **nothing_else), []
     cls = MODELS.get(backbone['type']) if 'type' in backbone else None
     conv_cfg = {**getattr(cls, 'dynamic_conv_cfg', {}), **(backbone.get('conv_cfg') or {})}
     layer = MODELS.get(conv_cfg['type']) if 'type' in conv_cfg else None
@@ -162,7 +164,7 @@ def _start(config: Config, weights: Optional[str]) -> Tuple[Dict[str, Any], List
     # Gates that begin at 1 leave a static kernel, and what an optimizer does to it, as it is.
     if inflated and conv_cfg.get('type') == 'ODConv2d' and 'gate_scale' not in conv_cfg:
         start['conv_cfg'] = dict(gate_scale=2)
-    return dict(backbone=start), []
+    return dict(backbone=start, **nothing_else), []
 
 
 def _is_dynamic(named: Tuple[str, Tensor]) -> bool:

@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from mmdet_odconv import InputError
-from mmdet_odconv.checkpoints.swapping import dynamic_config
+from mmdet_odconv.checkpoints.swapping import dynamic_config, locate_config
 from mmdet_odconv.engine.data_sets import convert_voc, read_split, use_data
 from mmdet_odconv.engine.new_config import new_config
 from mmdet_odconv.names import find_config
@@ -147,7 +147,13 @@ def test_a_static_detector_in_a_dynamic_one_is_refused(data, tmp_path):
 def test_evaluators_in_a_list_and_repeated_data(data, tmp_path):
     base = 'mmdet::cityscapes/mask-rcnn_r50_fpn_1x_cityscapes'
     made = new_config(data, base, tmp_path / 'my.py', 'none')
-    evaluator = Config.fromfile(tmp_path / 'my.py').val_evaluator
+    config = Config.fromfile(tmp_path / 'my.py')
+    assert Config.fromfile(locate_config(base)[0]).load_from and config.load_from is None
+    backbone = config.model.backbone
+    assert (backbone.init_cfg, backbone.frozen_stages, backbone.norm_eval) == (None, -1, False)
+    new_config(data, base, tmp_path / 'weights.py', 'torchvision://resnet50')
+    assert Config.fromfile(tmp_path / 'weights.py').load_from is None
+    evaluator = config.val_evaluator
     assert evaluator.type == 'CocoMetric' and evaluator.metric == ['bbox', 'segm']
     train = made.splits['train']
     iterations = 8 * 8 * (train.images - train.empty)
