@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from mmdet_odconv.backbones import (
     ODMobileNetV2,
     ODResNet,
 )
+from mmdet_odconv.layers import DCDConv2d, FDConv2d, ODConv2d
 
 TOOLS = Path(__file__).parents[2] / 'tools/analysis_tools'
 PUBLISHED = yaml.safe_load((Path(__file__).parents[1] / 'data/published.yml').read_text())
@@ -39,8 +41,8 @@ def tool():
 
 def madds(tool, backbone, *classifier):
     """Millions, of a backbone for 224x224 and of a classifier's layers of these widths."""
-    image = torch.zeros(1, 3, 224, 224)
-    stats = tool.model_stats(backbone, lambda: backbone(image))
+    image = torch.zeros(1, 3, 224, 224, device='meta')
+    stats = tool.model_stats(backbone, lambda: backbone(image), activations=False)
     return (stats['madds'] + sum(a * b for a, b in zip(classifier, classifier[1:]))) / 1e6
 
 
@@ -49,13 +51,14 @@ def madds(tool, backbone, *classifier):
 def test_published_madds_of_odconv(tool, row):
     family, _, width = row['model'].partition(' ')
     dynamic = {} if row['kernel_num'] is None else dict(kernel_num=row['kernel_num'])
-    if family == 'MobileNetV2':
-        backbone = (ODMobileNetV2 if dynamic else MobileNetV2)(float(width[:-1]), **dynamic)
-    else:
-        # The release strides in the 3x3 convolution, but its figures are those of a stride in the
-        # first 1x1, mmdet's style 'caffe': 3858 M for ResNet-50, not 4089 M.
-        backbone = (ODResNet if dynamic else ResNet)(
-            int(family[len('ResNet'):]), style='caffe', **dynamic)
+    with torch.device('meta'):
+        if family == 'MobileNetV2':
+            backbone = (ODMobileNetV2 if dynamic else MobileNetV2)(float(width[:-1]), **dynamic)
+        else:
+            # The release strides in the 3x3 convolution, but its figures are those of a stride in
+            # the first 1x1, mmdet's style 'caffe': 3858 M for ResNet-50, not 4089 M.
+            backbone = (ODResNet if dynamic else ResNet)(
+                int(family[len('ResNet'):]), style='caffe', **dynamic)
     features = {'ResNet18': 512, 'MobileNetV2': 1280}.get(family, 2048)
     assert madds(tool, backbone, features, 1000) == pytest.approx(row['madds'], rel=0.02)
 
@@ -63,21 +66,51 @@ def test_published_madds_of_odconv(tool, row):
 @pytest.mark.parametrize('row', PUBLISHED['dyconv_imagenet'], ids=lambda row: row['model'])
 def test_published_madds_of_dyconv(tool, row):
     family, _, width = row['model'][len('DY-'):].partition(' ')
-    if family == 'MobileNetV2':
-        backbone, classifier = DyMobileNetV2(float(width[:-1])), (1280, 1000)
-    elif family == 'MobileNetV3-Small':
-        backbone, classifier = DyMobileNetV3('small'), (576, 1280, 1000)
-    else:
-        backbone, classifier = DyResNet(int(family[len('ResNet-'):])), (512, 1000)
+    with torch.device('meta'):
+        if family == 'MobileNetV2':
+            backbone, classifier = DyMobileNetV2(float(width[:-1])), (1280, 1000)
+        elif family == 'MobileNetV3-Small':
+            backbone, classifier = DyMobileNetV3('small'), (576, 1280, 1000)
+        else:
+            backbone, classifier = DyResNet(int(family[len('ResNet-'):])), (512, 1000)
     # The paper's FLOPs are multiplications and additions, two for a multiply-add.
     assert madds(tool, backbone, *classifier) == pytest.approx(row['gflops'] * 500, rel=0.03)
 
 
+def test_a_layers_multiply_adds_by_hand(tool):
+    """8 to 16 channels, 3x3, of a map of 10x10 to one of 8x8; the hidden layer has 16, DCD's 4."""
+
+    def parts(layer):
+        model = nn.ModuleDict(dict(layer=layer))
+        return tool.model_stats(model, lambda: layer(torch.zeros(1, 8, 10, 10)))['parts']['layer']
+
+    kernel, maps = 16 * 8 * 9, 64
+    found = parts(ODConv2d(8, 16, 3, kernel_num=4))
+    assert found['convolution'] == kernel * maps
+    assert found['attention'] == 8 * 16 + 16 * (8 + 16 + 9 + 4)
+    assert found['mixing'] == (4 + 3) * kernel  # products with the attention, and their sum
+    assert found['scaling'] == kernel + 8 * 100 + 16 * maps  # spatial; input; output
+    found = parts(DCDConv2d(8, 16, 3))
+    latent = 4  # 8 / 2^floor(1.5)
+    assert found['convolution'] == kernel * maps and found['attention'] == (
+        8 * 4 + 4 * 16 + 4 * latent**2)
+    found = parts(FDConv2d(8, 16, 3, fbm=False))
+    assert found['convolution'] == kernel * maps
+    assert found['scaling'] == 4 * kernel  # channels, filters, positions and elements
+    transform = round(1.25 * kernel * math.log2(kernel))
+    assert found['mixing'] >= kernel + transform
+    banded = parts(FDConv2d(8, 16, 3))
+    pixels = 100
+    assert banded['scaling'] - found['scaling'] == 8 * (
+        4 * round(1.25 * pixels * math.log2(pixels)) + 4 * pixels)
+
+
 @pytest.mark.parametrize(('budget', 'gmadds'), [('1x', 2.0), ('4x', 8.1)])
 def test_mixing_of_a_warehouse_costs_its_cells_times_the_kernels(tool, budget, gmadds):
-    backbone = KWResNet(50, budget=budget)
+    with torch.device('meta'):
+        backbone = KWResNet(50, budget=budget)
     stats = [tool.model_stats(nn.ModuleDict(dict(backbone=backbone)), lambda s=size: backbone(
-        torch.zeros(1, 3, s, s))) for size in (32, 64)]
+        torch.zeros(1, 3, s, s, device='meta'))) for size in (32, 64)]
     cells = {name: len(layer.warehouse.cells) for name, layer in backbone.named_modules()
              if hasattr(layer, 'warehouse')}
     kernels = {name: backbone.get_submodule(name).kernel_shape.numel() for name in cells}

@@ -211,7 +211,7 @@ def run_entry(entry, seed, iterations, stats, args, budget='iterations'):
 def size_of(entry):
     """Parameters and multiply-adds of the whole detector."""
     config = entry.read()
-    stats = detector_stats(config, config.get('image_size', (800, 1333)))
+    stats = detector_stats(config, config.get('image_size', (800, 1333)), activations=False)
     return {'params': round(stats['params'] / 1e6, 3), 'gmadds': round(stats['madds'] / 1e9, 4)}
 
 

@@ -44,7 +44,7 @@ from mmdet_odconv.ops.machine import NOMINAL
 KINDS = ('convolution', 'attention', 'mixing', 'scaling', 'other')
 
 
-def detector_stats(config, shape):
+def detector_stats(config, shape, activations=True):
     """:func:`model_stats` of the detector of a config for one image of shape (H, W), px.
 
     Raises:
@@ -59,7 +59,7 @@ def detector_stats(config, shape):
     sample = DetDataSample(metainfo=dict(
         img_shape=shape, ori_shape=shape, pad_shape=shape, batch_input_shape=shape,
         scale_factor=(1.0, 1.0)))
-    return model_stats(model, lambda: detect(model, image, sample))
+    return model_stats(model, lambda: detect(model, image, sample), activations)
 
 
 def detect(model, image, sample):
@@ -76,17 +76,18 @@ def detect(model, image, sample):
     return outputs
 
 
-def model_stats(model, forward):
+def model_stats(model, forward, activations=True):
     """Statistics of any model: what calling ``forward`` runs of it.
 
-    Returns a dict with 'params' and 'madds', counts of the whole; 'activations', bytes; and
-    'parts', for each child of the model its 'params' and its multiply-adds of each of KINDS.
+    Returns a dict with 'params' and 'madds', counts of the whole; 'activations', bytes, or None
+    where not asked for; and 'parts', for each child of the model its 'params' and its multiply-adds
+    of each of KINDS.
     """
     model.train()
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.eval()  # a single image has no statistics of its pooled values
-    activations = saved_bytes(model, forward)
+    saved = saved_bytes(model, forward) if activations else None
     model.eval()
     elementwise, handles = {}, []
     for name, layer in model.named_modules():
@@ -126,7 +127,7 @@ def model_stats(model, forward):
         'params': sum(p.numel() for p in model.parameters()),
         'madds': (sum(counts.get('Global', {}).values())
                   + sum(counter.mixing + counter.scaling for counter in elementwise.values())),
-        'activations': activations, 'parts': parts
+        'activations': saved, 'parts': parts
     }
 
 
