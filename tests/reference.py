@@ -183,9 +183,12 @@ def fd_kernels(layer, x):
     c, f, s, a = (gate(getattr(attention, f'{name}_fc'))
                   for name in ('channel', 'filter', 'spatial', 'kernel'))
     mean = x.mean((2, 3))
-    normed = F.layer_norm(mean, mean.shape[1:], local.norm.weight, local.norm.bias)
-    taps = local.conv.weight.shape[2]
-    elements = 2 * torch.sigmoid(F.conv1d(normed[:, None], local.conv.weight, padding=taps // 2))
+    elements = torch.ones(len(x), out_channels * kh * kw, mean.shape[1], dtype=x.dtype)
+    if local is not None:
+        normed = F.layer_norm(mean, mean.shape[1:], local.norm.weight, local.norm.bias)
+        logits = F.conv1d(normed[:, None], local.conv.weight,
+                          padding=local.conv.weight.shape[2] // 2)
+        elements = 2 * torch.sigmoid(logits)
     for b in range(len(x)):
         kernel = spectrum_kernel(layer, 1 if a is None else a[b][groups])
         rows = []

@@ -130,32 +130,6 @@ def test_from_digits_to_corners(tmp_path):
     assert (tmp_path / 'work/epoch_1.pth').is_file()
 
 
-def test_a_report_shows_points(tmp_path, capsys):
-    from matplotlib.image import imread
-    from pycocotools.coco import COCO
-    from rich.console import Console
-    with analysis_tools():
-        import report
-    tool(tmp_path, 'dataset_converters/digits.py', 'data', '--keypoints',
-         '--train', '1', '--val', '2', '--size', '96')
-    coco = COCO(str(tmp_path / 'data/annotations/val.json'))
-    pictures = []
-    for shift in (0, 9):
-        predictions = []
-        for annotation in coco.anns.values():
-            points = shift + torch.tensor(annotation['keypoints']).view(1, 4, 3)[..., :2]
-            predictions.append(dict(
-                img_id=annotation['image_id'], pred_instances=dict(keypoints=points),
-                img_path=str(tmp_path / f'data/val/{annotation["image_id"]:06d}.jpg')))
-        report.draw_points(predictions, coco, tmp_path / 'points.png', 12)
-        pictures.append(imread(tmp_path / 'points.png'))
-    assert pictures[0].shape == pictures[1].shape and (pictures[0] != pictures[1]).any()
-    metrics = {name: 0.5 + 0.01 * i for i, name in enumerate(report.POINT_METRICS)}
-    report.print_table({**metrics, 'AP (L)': -1.0}, Console(width=100))
-    table = capsys.readouterr().out
-    assert 'keypoint' in table and '0.510' in table and 'none' in table
-
-
 @pytest.fixture
 def static(tmp_path):
     """A static pose with random statistics, its checkpoint written to static.pth."""

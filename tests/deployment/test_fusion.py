@@ -17,6 +17,7 @@ from mmdet_odconv import (
     CondConv2d,
     DCDConv2d,
     DyConv2d,
+    FDConv2d,
     KWMobileNetV2,
     ODConv2d,
     ODMobileNetV2,
@@ -114,7 +115,10 @@ def test_what_is_used_twice_or_in_another_order_stays():
                            nn.Sequential(conv, nn.BatchNorm2d(4)))
     other = ConvModule(4, 4, 1, conv_cfg=dict(type='ODConv2d'), norm_cfg=dict(type='BN'),
                        order=('norm', 'conv', 'act'))
-    for model in (shared, other):
+    hooked = nn.Sequential(ODConv2d(4, 4, 1), nn.BatchNorm2d(4))
+    hooked[0].register_forward_hook(lambda module, inputs, output: output.neg())
+    spectrum = nn.Sequential(FDConv2d(4, 4, 1), nn.BatchNorm2d(4))
+    for model in (shared, other, hooked, spectrum):
         model = randomised(model).eval()
         x = torch.randn(2, 4, 5, 5)
         expected, outer = model(x), len(norms(model))

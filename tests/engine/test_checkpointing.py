@@ -462,6 +462,8 @@ def test_the_lock_dies_with_its_owner(tmp_path):
     pid = next(line.strip() for line in owner.stdout if line.strip().isdigit())  # OneDL prints, too
     with pytest.raises(InputError, match=rf'in use by another run \(process {pid} on \S+\): wait'):
         lock_directory(tmp_path)
+    with pytest.raises(InputError, match='in use by another run'):
+        make_runner(tmp_path).train()
     os.kill(int(pid), signal.SIGKILL)
     owner.wait()
     lock_directory(tmp_path)

@@ -13,10 +13,12 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config
-from mmengine.runner import load_checkpoint
+from mmengine.fileio import load
+from mmengine.runner import Runner, load_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from mmdet_odconv import InputError
+from mmdet_odconv.deployment.export import load_detector
 from mmdet_odconv.engine.checkpointing import WholeFileBackend
 from mmdet_odconv.engine.launch import explain, find_config
 
@@ -48,6 +50,16 @@ def test_testing_gives_what_training_last_evaluated(trained):
                          'run', '--out', 'run/predictions.pkl', '--cfg-options',
                          'test_evaluator.classwise=True')
     assert maps(result.stdout) == maps(output)[-1:]
+    config = Config.fromfile(root / 'run' / digits.CONFIG)
+    config.test_dataloader.dataset.data_root = f'{root}/data/digits/'
+    model, _ = load_detector(config, str(root / 'run/epoch_3.pth'))
+    loader = Runner.build_dataloader(config.test_dataloader)
+    expected = [sample.pred_instances for data in loader for sample in model.test_step(data)]
+    found = [one['pred_instances'] for one in load(root / 'run/predictions.pkl')]
+    assert len(found) == len(expected) == 4
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one['scores'], other.scores)
+        torch.testing.assert_close(one['bboxes'], other.bboxes)
     assert re.search(r'\| category \| +mAP', result.stdout)
     report = digits.tool(root, 'analysis_tools/report.py', 'run')
     assert 'AP @ IoU 0.50:0.95' in report.stdout
@@ -75,9 +87,7 @@ def test_resuming_continues_where_the_run_stopped(trained, tmp_path):
         assert state['meta']['iter'] == 3
         assert {s['step'].item() for s in state['optimizer']['state'].values()} == {3}
     assert resumed['param_schedulers'] == whole['param_schedulers']
-    losses, whole_losses = (state['message_hub']['log_scalars']['train/loss'].data[0]
-                            for state in (resumed, whole))
-    assert len(losses) == 3 and losses[0] == whole_losses[0]
+    assert len(resumed['message_hub']['log_scalars']['train/loss'].data[0]) == 3
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(),

@@ -65,7 +65,7 @@ def layers(draw, cls):
                              st.sampled_from(['same', 'valid'])))
     torch.manual_seed(draw(st.integers(0, 2**16)))
     own = dict(kernel_num=draw(small), reduction=draw(st.floats(0.01, 1)),
-               gate_scale=draw(st.sampled_from([1.0, 2.0])))
+               gate_scale=draw(st.sampled_from([1.0, 2.0])), local=draw(st.booleans()))
     layer = cls(
         cin, cout, kernel, (1, 1) if padding == 'same' else draw(st.tuples(small, small)), padding,
         draw(st.tuples(st.integers(1, 2), st.integers(1, 2))), groups, draw(st.booleans()),

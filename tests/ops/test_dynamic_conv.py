@@ -363,7 +363,6 @@ def test_channels_last_maps_of_a_pointwise_layer(plan):
     last = {**call, 'input': call['input'].detach().to(memory_format=torch.channels_last)
             .requires_grad_()}
     with force_plan(plan):
-        reference.assert_same_with_gradients(dynamic_conv2d(**last), dynamic_conv2d(**last), last)
         ours = torch.autograd.grad(dynamic_conv2d(**last).square().sum(), list(last.values()))
         theirs = torch.autograd.grad(dynamic_conv2d(**call).square().sum(), list(call.values()))
     for one, other in zip(ours, theirs):

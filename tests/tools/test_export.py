@@ -55,6 +55,9 @@ def root(tmp_path_factory):
         (root / f'{kind}.py').write_text(CONFIG.format(base=str(base)))
         torch.manual_seed(0)
         model = build_model(Config.fromfile(root / f'{kind}.py'))
+        for name, parameter in model.named_parameters():
+            if '_fc' in name:  # or all images would have one kernel
+                parameter.data.normal_(std=0.14)
         torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(
             classes=tuple('0123456789')))), root / f'{kind}.pth')
     return root
@@ -159,6 +162,20 @@ def test_torchscript(export):
 
 
 @pytest.mark.skipif(not hasattr(torch.compiler, 'is_exporting'), reason='torch before 2.7')
+def test_a_detector_with_fdconv(root, export):
+    text = (root / 'faster.py').read_text().replace(
+        'kernel_num=2)', "conv_cfg=dict(type='FDConv2d', kernel_num=4))")
+    (root / 'fd.py').write_text(text)
+    torch.manual_seed(0)
+    model = build_model(Config.fromfile(root / 'fd.py'))
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ('_fc', 'KSM_Local.conv', 'FBM')):
+            parameter.data.normal_(std=0.14)
+    torch.save(model.state_dict(), root / 'fd.pth')
+    code, said = export('fd.py', 'fd.pth', '--out', 'fd.pt', '--format', 'torchscript', '--fuse')
+    assert code is None and len(re.findall(r'\d+x\d+: [1-9]\d* detections equal', said)) == 2
+
+
 def test_program(root):
     """Of two stages; kept in a file, which takes as long again, is one of a DETR's elsewhere."""
     two_stages = TensorDetector(mmdet_odconv.fuse(detector(root, 'faster')[1]))

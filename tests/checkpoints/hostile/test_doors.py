@@ -4,6 +4,7 @@ import runpy
 import sys
 import warnings
 from pathlib import Path
+from unittest.mock import Mock
 
 import digits
 import hostile_files
@@ -137,6 +138,22 @@ def test_texts_that_would_run(door):
         assert not Path(CANARY).exists(), name
         assert not {'planted', 'torch.utils.benchmark.examples', 'torch.utils.model_dump.__main__'
                     } & sys.modules.keys(), name
+
+
+def test_such_a_text_is_left_out_with_a_warning_and_the_weights_load(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path('planted.py').write_text(f'{hostile_files.TOUCH}\nModel = dict\n')
+    state, log = Toy().state_dict(), Mock()
+    monkeypatch.setattr('mmdet_odconv.checkpoints.contents.print_log', log)
+    for name, text in TEXTS.items():
+        write(Path('file.pth'), with_text(text, state))
+        log.reset_mock()
+        read = CheckpointLoader.load_checkpoint('file.pth')
+        assert not {'cfg', 'config'} & {*read['meta'], *read['message_hub']['runtime_info']}, name
+        assert all(map(torch.equal, read['state_dict'].values(), state.values())), name
+        said = [call.args[0] for call in log.call_args_list]
+        assert len(said) == 3 and all('was left out, because it' in line for line in said), name
 
 
 def test_each_text_would_run_by_itself(tmp_path, monkeypatch):
