@@ -1,6 +1,7 @@
 """A short config that trains a supplied detector on a data set of one's own."""
 import contextlib
 import copy
+import inspect
 import io
 import json
 import math
@@ -19,6 +20,7 @@ from ..checkpoints.files import refuse_existing, writing
 from ..checkpoints.swapping import importing_plugin, locate_config
 from ..errors import InputError
 from ..layers import DynamicConv2d
+from ..layers.odconv import FEW_IMAGES
 from ..names import CONFIGS, find_config
 from .data_check import check_images, find_faults, reads_coco, unwrapped
 from .data_sets import (
@@ -140,15 +142,23 @@ def _start(config: Config, weights: Optional[str]) -> Tuple[Dict[str, Any], List
                     'another start with --weights'] if missing else []
     # A detector's weights, which the base may start from, would come over a backbone's.
     nothing_else = dict(load_from=None) if config.get('load_from') else {}
-    if weights == 'none':
-        frozen = {key: value for key, value in (('frozen_stages', -1), ('norm_eval', False))
-                  if key in backbone}
-        return dict(backbone=dict(init_cfg=None, **frozen), **nothing_else), []
     cls = MODELS.get(backbone['type']) if 'type' in backbone else None
     conv_cfg = {**getattr(cls, 'dynamic_conv_cfg', {}), **(backbone.get('conv_cfg') or {})}
-    layer = MODELS.get(conv_cfg['type']) if 'type' in conv_cfg else None
+    layer = conv_cfg.get('type')
+    layer = MODELS.get(layer) if isinstance(layer, str) else layer
     is_dynamic = any(isinstance(part, type) and issubclass(
         part, (DynamicBackbone, DynamicConv2d)) for part in (cls, layer))
+    if weights == 'none':
+        start: Dict[str, Any] = {'init_cfg': None, **{
+            key: value for key, value in (('frozen_stages', -1), ('norm_eval', False))
+            if key in backbone}}
+        # BatchNorm of so few pooled values is noise, from which a network may learn nothing.
+        if (is_dynamic and isinstance(layer, type)
+                and 'norm_cfg' in inspect.signature(layer).parameters
+                and 'norm_cfg' not in conv_cfg
+                and config.train_dataloader.get('batch_size', FEW_IMAGES) < FEW_IMAGES):
+            start['conv_cfg'] = dict(norm_cfg=dict(type='LN'))
+        return dict(backbone=start, **nothing_else), []
     state = {} if '://' in weights else read_weights(weights)[0]
     inflated = is_dynamic and not any(map(_is_dynamic, state.items()))
     if weights.startswith(('http://', 'https://')) or any(

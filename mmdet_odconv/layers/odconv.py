@@ -18,6 +18,7 @@ from .base import DynamicConv2d, PaddingMode
 
 MIN_HIDDEN_CHANNELS = 16
 NORM_TYPES = ('BN', 'SyncBN', 'GN', 'LN')
+FEW_IMAGES = 4  # per device, fewer than which no BatchNorm of the attention learns from
 
 
 @MODELS.register_module()
@@ -201,16 +202,17 @@ def build_pooled_norm(cfg: dict, channels: int) -> nn.Module:
 def normalise_pooled(norm: nn.Module, x: Tensor) -> Tensor:
     """Pooled values x, (B, C), by what :func:`build_pooled_norm` built.
 
-    Batch statistics of fewer than two pooled values do not exist: use the running ones.
+    Batch statistics of fewer than two pooled values do not exist: use the running ones. Those of
+    fewer than FEW_IMAGES are as published, and warned of.
     """
     own = next((t for t in (*norm.parameters(), *norm.buffers()) if t.is_floating_point()), None)
     if own is not None and x.dtype == torch.float32 and own.dtype == torch.float16:
         return normalise_pooled(norm, x.half()).float()
     if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-        alone = norm.training and len(x) < 2 and not _is_synchronised(norm)
-        if alone and len(x) == 1 and not torch.compiler.is_compiling():
-            _warn_single_image()
-        if alone or not norm.training:
+        few = norm.training and len(x) < FEW_IMAGES and not _is_synchronised(norm)
+        if few and len(x) > 0 and not torch.compiler.is_compiling():
+            _warn_few_images(len(x))
+        if few and len(x) < 2 or not norm.training:
             return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias,
                                 False, 0.0, norm.eps)
     return norm(x[:, :, None, None]).flatten(1)
@@ -223,10 +225,13 @@ def _is_synchronised(norm: nn.Module) -> bool:
 
 
 @functools.cache
-def _warn_single_image() -> None:
+def _warn_few_images(count: int) -> None:
+    found = (
+        'one value per channel and no statistics to take from it: it normalises with its running '
+        'statistics instead' if count == 1 else
+        f'{count} values per channel, whose statistics are mostly noise: from scratch a network '
+        'may learn little')
     warnings.warn(
-        'ODConv2d or KWConv2d is training with one image per device, where the BatchNorm of its '
-        'attention has one value per channel and no statistics to take from it: it normalises '
-        'with its running statistics instead. To train the statistics too, use more images per '
-        "device, or in the layer's conv_cfg norm_cfg=dict(type='SyncBN'), or 'GN', or 'LN'.",
-        stacklevel=2)
+        f'An attention is training with {count} image{"s" if count > 1 else ""} per device, where '
+        f"its BatchNorm has {found}. Use more images per device, or in the layer's conv_cfg "
+        "norm_cfg=dict(type='LN'), or 'GN', or 'SyncBN'.", stacklevel=2)

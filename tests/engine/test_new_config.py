@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from mmdet_odconv import InputError
-from mmdet_odconv.checkpoints.swapping import dynamic_config, locate_config
+from mmdet_odconv.checkpoints.swapping import build_model, dynamic_config, locate_config
 from mmdet_odconv.engine.data_sets import convert_voc, read_split, use_data
 from mmdet_odconv.engine.new_config import new_config
 from mmdet_odconv.names import find_config
@@ -110,11 +110,27 @@ def test_every_head_gets_the_classes(data, tmp_path, base, heads):
 @pytest.mark.parametrize(('base', 'kind'), [
     ('faster-rcnn_se-r50_fpn_1x_coco', 'Pretrained'),
     ('faster-rcnn_dy-r50-k4_fpn_1x_coco', 'StaticPretrained'),
+    ('mask-rcnn_kw-r50_fpn_adamw-ms-1x_coco', 'StaticPretrained'),
     ('mmdet::regnet/faster-rcnn_regnetx-3.2GF_fpn_1x_coco', 'Pretrained'),
 ])
 def test_weights_are_inflated_where_the_backbone_is_dynamic(data, tmp_path, base, kind):
     new_config(data, base, tmp_path / 'my.py', 'torchvision://resnet50')
     assert Config.fromfile(tmp_path / 'my.py').model.backbone.init_cfg.type == kind
+
+
+@pytest.mark.parametrize(('base', 'norm'), [
+    ('mask-rcnn_kw-r50_fpn_adamw-ms-1x_coco', dict(type='LN')),  # two images a device
+    ('faster-rcnn_od-r50-k4_fpn_1x_coco', dict(type='LN')),
+    ('faster-rcnn_dy-r50-k4_fpn_1x_coco', None),  # has no norm
+    ('faster-rcnn_od-r18-k4_fpn_digits', None)])  # four
+def test_attention_from_scratch_has_no_batchnorm_of_few_images(data, tmp_path, base, norm):
+    new_config(data, base, tmp_path / 'my.py', 'none')
+    backbone = Config.fromfile(tmp_path / 'my.py').model.backbone
+    assert (backbone.get('conv_cfg') or {}).get('norm_cfg') == norm
+    if norm:
+        with torch.device('meta'):
+            model = build_model(Config.fromfile(tmp_path / 'my.py'))
+        assert not any('attention' in n and 'running_mean' in n for n in model.state_dict())
 
 
 @pytest.mark.parametrize(('base', 'attention', 'kind', 'gate_scale'), [

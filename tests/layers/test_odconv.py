@@ -77,14 +77,28 @@ def test_bad_norms(arguments, message):
 def test_one_image_per_device_uses_running_statistics_and_says_so_once():
     layer = randomised(ODConv2d(8, 12, 3)).train()
     x = torch.randn(1, 8, 5, 5)
-    odconv._warn_single_image.cache_clear()
-    with pytest.warns(UserWarning, match="norm_cfg=dict\\(type='SyncBN'\\)") as caught:
+    odconv._warn_few_images.cache_clear()
+    with pytest.warns(UserWarning, match='1 image per device.* its running statistics') as caught:
         trained = layer(x), layer(x)[0]
     assert len(caught) == 1
     layer.eval()
     torch.testing.assert_close(trained[0], layer(x))
     trained[0].sum().backward()
     assert all(p.grad is not None for p in layer.parameters())
+
+
+@pytest.mark.parametrize(('batch', 'norm', 'warned'), [
+    (2, 'BN', True), (3, 'BN', True), (4, 'BN', False), (2, 'LN', False)])
+def test_a_batchnorm_of_few_images_is_warned_of(batch, norm, warned):
+    odconv._warn_few_images.cache_clear()
+    layer = ODConv2d(8, 12, 3, norm_cfg=dict(type=norm))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        layer(torch.randn(batch, 8, 5, 5))
+        layer.eval()(torch.randn(batch, 8, 5, 5))
+    said = [str(one.message) for one in caught]
+    assert len(said) == warned
+    assert not said or f'{batch} values per channel' in said[0] and "type='LN'" in said[0]
 
 
 @pytest.mark.parametrize('norm_cfg', [
