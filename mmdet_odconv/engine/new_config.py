@@ -141,7 +141,7 @@ def _start(config: Config, weights: Optional[str]) -> Tuple[Dict[str, Any], List
         return {}, [f'the base starts from {file}, which is not here: put it there, or choose '
                     'another start with --weights'] if missing else []
     # A detector's weights, which the base may start from, would come over a backbone's.
-    nothing_else = dict(load_from=None) if config.get('load_from') else {}
+    no_detector = dict(load_from=None) if config.get('load_from') else {}
     cls = MODELS.get(backbone['type']) if 'type' in backbone else None
     conv_cfg = {**getattr(cls, 'dynamic_conv_cfg', {}), **(backbone.get('conv_cfg') or {})}
     layer = conv_cfg.get('type')
@@ -158,9 +158,10 @@ def _start(config: Config, weights: Optional[str]) -> Tuple[Dict[str, Any], List
                 and 'norm_cfg' not in conv_cfg
                 and config.train_dataloader.get('batch_size', FEW_IMAGES) < FEW_IMAGES):
             start['conv_cfg'] = dict(norm_cfg=dict(type='LN'))
-        return dict(backbone=start, **nothing_else), []
+        return dict(backbone=start, **no_detector), []
     state = {} if '://' in weights else read_weights(weights)[0]
-    inflated = is_dynamic and not any(map(_is_dynamic, state.items()))
+    inflated = is_dynamic and not any(
+        _is_dynamic(name, tensor) for name, tensor in state.items())
     if weights.startswith(('http://', 'https://')) or any(
             key.startswith('backbone.') for key in state):
         if inflated and state:
@@ -174,12 +175,11 @@ def _start(config: Config, weights: Optional[str]) -> Tuple[Dict[str, Any], List
     # Gates that begin at 1 leave a static kernel, and what an optimizer does to it, as it is.
     if inflated and conv_cfg.get('type') == 'ODConv2d' and 'gate_scale' not in conv_cfg:
         start['conv_cfg'] = dict(gate_scale=2)
-    return dict(backbone=start, **nothing_else), []
+    return dict(backbone=start, **no_detector), []
 
 
-def _is_dynamic(named: Tuple[str, Tensor]) -> bool:
+def _is_dynamic(name: str, tensor: Tensor) -> bool:
     """Whether a tensor of a checkpoint is one that dynamic layers alone have."""
-    name, tensor = named
     return tensor.dim() == 5 or any(
         part in name for part in ('attention.', 'KSM_Global.', 'warehouse'))
 

@@ -18,7 +18,7 @@ from .base import DynamicConv2d, PaddingMode
 
 MIN_HIDDEN_CHANNELS = 16
 NORM_TYPES = ('BN', 'SyncBN', 'GN', 'LN')
-FEW_IMAGES = 4  # per device, fewer than which no BatchNorm of the attention learns from
+FEW_IMAGES = 4  # a device's; of fewer pooled values BatchNorm's statistics are mostly noise
 
 
 @MODELS.register_module()

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 
 def published_conv2d(input, weight, kernel_attention, spatial_attention, channel_attention,
-                   filter_attention, stride, padding, dilation, groups):
+                     filter_attention, stride, padding, dilation, groups):
     """See :func:`~mmdet_odconv.ops.dynamic_conv2d`."""
     batch, out_channels = len(input), weight.shape[1]
     if channel_attention is not None:

@@ -170,7 +170,6 @@ def test_torchscript(export):
     assert code is None and said.count('20 detections equal') == 2
 
 
-@pytest.mark.skipif(not hasattr(torch.compiler, 'is_exporting'), reason='torch before 2.7')
 def test_a_detector_with_fdconv(root, export):
     text = (root / 'faster.py').read_text().replace(
         'kernel_num=2)', "conv_cfg=dict(type='FDConv2d', kernel_num=4))")
@@ -185,6 +184,7 @@ def test_a_detector_with_fdconv(root, export):
     assert code is None and len(re.findall(r'\d+x\d+: [1-9]\d* detections equal', said)) == 2
 
 
+@pytest.mark.skipif(not hasattr(torch.compiler, 'is_exporting'), reason='torch before 2.7')
 def test_program(root):
     """Of two stages; kept in a file, which takes as long again, is one of a DETR's elsewhere."""
     two_stages = TensorDetector(mmdet_odconv.fuse(detector(root, 'faster')[1]))
