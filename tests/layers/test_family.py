@@ -619,3 +619,10 @@ def test_a_geometry_of_nothing_is_refused(cls, change):
 def test_groups_of_a_norm_are_some():
     with pytest.raises(ValueError, match='num_groups must divide its 16 channels .* got 0'):
         ODConv2d(8, 8, 3, norm_cfg=dict(type='GN', num_groups=0))
+
+
+@pytest.mark.parametrize('switch', ['local', 'fbm'])
+def test_fdconvs_modulations_are_switched_off(switch):
+    part = dict(local='KSM_Local', fbm='FBM')[switch]
+    assert getattr(FDConv2d(8, 8, 3), part) is not None
+    assert getattr(FDConv2d(8, 8, 3, **{switch: False}), part) is None
