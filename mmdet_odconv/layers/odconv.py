@@ -205,7 +205,8 @@ def normalise_pooled(norm: nn.Module, x: Tensor) -> Tensor:
     Batch statistics of fewer than two pooled values do not exist: use the running ones. Those of
     fewer than FEW_IMAGES are as published, and warned of.
     """
-    own = next((t for t in (*norm.parameters(), *norm.buffers()) if t.is_floating_point()), None)
+    own = getattr(norm, 'weight', None)
+    own = getattr(norm, 'running_mean', None) if own is None else own
     if own is not None and x.dtype == torch.float32 and own.dtype == torch.float16:
         return normalise_pooled(norm, x.half()).float()
     if isinstance(norm, nn.modules.batchnorm._BatchNorm):

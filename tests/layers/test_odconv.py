@@ -172,6 +172,7 @@ def test_a_damaged_gate_scale_is_refused_by_its_shape():
 
 
 @pytest.mark.parametrize('training', [False, True])
-def test_a_half_layer_whose_norm_has_no_weights(training):
-    layer = ODConv2d(8, 8, 3, norm_cfg=dict(type='BN', affine=False)).half().train(training)
+@pytest.mark.parametrize('kind', ['BN', 'LN'])
+def test_a_half_layer_whose_norm_has_no_weights(kind, training):
+    layer = ODConv2d(8, 8, 3, norm_cfg=dict(type=kind, affine=False)).half().train(training)
     assert layer(torch.randn(4, 8, 9, 9).half()).isfinite().all()
