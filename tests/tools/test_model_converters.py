@@ -2,6 +2,7 @@
 import hashlib
 import os
 import random
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from mmdet.models.backbones import ResNet
 from mmengine.config import Config
 from mmengine.runner import load_checkpoint
 
-from mmdet_odconv import InputError, ODResNet
+from mmdet_odconv import InputError, ODResNet, checkpoints
 from mmdet_odconv.checkpoints import read_weights, save_checkpoint
 from mmdet_odconv.checkpoints.files import halved, writing
 from mmdet_odconv.checkpoints.swapping import build_model
@@ -272,6 +273,13 @@ def test_publish_model(root, convert, tmp_path):
     load_checkpoint(model, str(out), strict=True)
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, theirs[name], rtol=5e-4, atol=1e-7)
+
+
+def test_publish_model_from_an_address(convert, monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoints, 'read_weights', lambda source: ({'w': torch.ones(9)}, {}))
+    code, said = convert('publish_model', 'https://example.org/a.pth', tmp_path / 'small.pth')
+    out, = tmp_path.iterdir()
+    assert code is None and re.fullmatch(rf'{re.escape(str(out))}: 0\.\d MB\n', said)
 
 
 def test_halves_hold_what_they_can():

@@ -29,8 +29,9 @@ def main():
             meta['cfg'] = checkpoint['meta']['cfg']
         state = state if args.fp32 else halved(state)
         out = publish(dict(meta=meta, state_dict=state), args.out, args.force)
-        sizes = [Path(file).stat().st_size / 1e6 for file in (args.source, out)]
-        print(f'{out}: {sizes[1]:.1f} MB, of {sizes[0]:.1f} MB')
+        was = Path(args.source)  # or an address
+        print(f'{out}: {out.stat().st_size / 1e6:.1f} MB'
+              + (f', of {was.stat().st_size / 1e6:.1f} MB' if was.is_file() else ''))
 
 
 if __name__ == '__main__':
