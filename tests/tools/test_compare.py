@@ -248,6 +248,19 @@ def test_more_seeds_leave_the_iterations_of_equal_time(module, monkeypatch):
                 if run['budget'] == 'time'] == [(seed, 600) for seed in seeds]
 
 
+def test_equal_time_of_runs_that_were_timed_unlike(module, monkeypatch, capsys):
+    def run_entry(entry, seed, iterations, stats, args):
+        return {**record('', seed), 'config': entry.name, 'threads': 1 + entry.place}
+
+    monkeypatch.setattr(module, 'run_entry', run_entry)
+    monkeypatch.setattr(module, 'size_of', lambda entry: {})
+    module.train_all(argparse.Namespace(
+        configs=[f'faster-rcnn_{name}_fpn_digits.py' for name in ('r18', 'od-r18-k1')],
+        seeds=[0], iterations=750, equal_time=True, jobs=1))
+    assert ('faster-rcnn_od-r18-k1_fpn_digits: equal time is not known, since no seed of it was '
+            'run as faster-rcnn_r18_fpn_digits was' in capsys.readouterr().err)
+
+
 def test_what_is_queued_when_it_is_interrupted_is_not_begun(module, monkeypatch, capsys):
     begun, queued = [], threading.Event()
 

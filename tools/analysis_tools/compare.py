@@ -455,6 +455,11 @@ def train_all(args):
             first = done[baseline.name]['iterations']
             shorter = [(entry, affordable(done[entry.name]['iterations'], first))
                        for entry in others]
+            for entry, iterations in shorter:
+                if iterations is None and first and done[entry.name]['iterations']:
+                    print(f'{entry.name}: equal time is not known, since no seed of it was run as '
+                          f'{baseline.name} was, by as many threads of the same CPU: run both '
+                          'anew, in another work directory.', file=sys.stderr)
             records += results([
                 pool.submit(run_entry, entry, seed, iterations, stats, args, 'time')
                 for seed in args.seeds for entry, iterations in shorter
