@@ -86,8 +86,10 @@ def test_map_through_what_runs_it(config, tmp_path, monkeypatch):
         assert timing.mean_average_precision(loaded, models['dynamic'], oracle) == pytest.approx(1)
 
 
-def test_a_wrong_answer_is_told(config, monkeypatch):
-    monkeypatch.setattr(timing, 'Runtime', lambda path, kind: lambda x: [torch.zeros(1, 8, 16, 16)])
+@pytest.mark.parametrize('value', [0.0, float('nan')])
+def test_a_wrong_answer_is_told(config, monkeypatch, value):
+    monkeypatch.setattr(timing, 'Runtime',
+                        lambda path, kind: lambda x: [torch.full((1, 8, 16, 16), value)])
     models = timing.counterparts(Config.fromfile(config), 'backbone')
     with pytest.raises(InputError, match='^static in onnxruntime differs from torch by '):
         timing.time_formats(models, torch.randn(1, 3, 64, 64), ['onnxruntime'])
