@@ -102,6 +102,13 @@ def test_iterations_of_detectors_of_all_kinds(benchmark, monkeypatch, tmp_path, 
     assert case.iteration('ours') > 0 and case.iteration('static') > 0
 
 
+@pytest.mark.filterwarnings('error')  # matplotlib only warns of axes that long names leave no room
+def test_long_names_leave_room_for_the_bars(benchmark, tmp_path):
+    records = [dict(case='faster-rcnn_od-mobilenet-v2-k4_fpn_1x_coco, 1x416x672', alternative=name,
+                    to_static=dict(iteration=1.2)) for name in ('static', 'published', 'ours')]
+    benchmark.draw(records, ['iteration'], tmp_path / 'benchmark.png')
+
+
 def test_both_allocators_leave_a_result_each(benchmark, monkeypatch, tmp_path):
     run = Mock(return_value=Mock(returncode=0))
     monkeypatch.setattr(benchmark.subprocess, 'run', run)

@@ -31,6 +31,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 try:
@@ -375,8 +376,9 @@ def draw(records, modes, path):
     from matplotlib import pyplot as plt
     panels = [*modes, *(['saved'] if 'training' in modes else [])]
     labels = list(dict.fromkeys(record['case'] for record in records))
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 1.2 + 0.5 * len(labels)),
-                                sharey=True, squeeze=False, layout='constrained')
+    size = 4 * len(panels) + 0.07 * max(map(len, labels)), 1.2 + 0.5 * len(labels)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False,
+                                layout='constrained')
     titles = {'inference': 'inference, time', 'training': 'training step, time',
               'iteration': "iteration with optimizer's step, time",
               'saved': 'memory saved for backward'}
@@ -491,6 +493,7 @@ def main():
     if args.allocator == 'both':
         sys.exit(both_allocators(args.out))
     settle_allocator(args)
+    warnings.filterwarnings('ignore', 'An attention is training')  # nobody learns here
     if args.threads:
         torch.set_num_threads(args.threads)
     modes = ['inference', 'training'] if args.mode == 'both' else [args.mode]
