@@ -162,8 +162,10 @@ def _start(config: Config, weights: Optional[str]) -> Tuple[Dict[str, Any], List
     state = {} if '://' in weights else read_weights(weights)[0]
     inflated = is_dynamic and not any(
         _is_dynamic(name, tensor) for name, tensor in state.items())
-    if weights.startswith(('http://', 'https://')) or any(
-            key.startswith('backbone.') for key in state):
+    prefixed = any(key.startswith('backbone.') for key in state)
+    # So are the names of MMPretrain's classifiers, whose head is no detector's.
+    is_classifier = not prefixed or any(key.startswith('head.') for key in state)
+    if weights.startswith(('http://', 'https://')) or not is_classifier:
         if inflated and state:
             raise InputError(f'{weights} is of a static detector, where the base has dynamic '
                              'convolutions: make it dynamic by mmdet_odconv swap-backbone '
@@ -171,7 +173,8 @@ def _start(config: Config, weights: Optional[str]) -> Tuple[Dict[str, Any], List
                              'new-config that FILE.py and FILE.pth.')
         return dict(backbone=dict(init_cfg=None), load_from=weights), []
     start = dict(init_cfg=_in_place(backbone, dict(
-        type='StaticPretrained' if inflated else 'Pretrained', checkpoint=weights)))
+        type='StaticPretrained' if inflated else 'Pretrained', checkpoint=weights,
+        **(dict(prefix='backbone.') if prefixed else {}))))
     # Gates that begin at 1 leave a static kernel, and what an optimizer does to it, as it is.
     if inflated and conv_cfg.get('type') == 'ODConv2d' and 'gate_scale' not in conv_cfg:
         start['conv_cfg'] = dict(gate_scale=2)

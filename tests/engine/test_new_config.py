@@ -151,6 +151,19 @@ def test_a_classifiers_file_is_inflated_if_it_is_static(data, tmp_path, base, at
     assert (backbone.get('conv_cfg') or {}).get('gate_scale') == gate_scale
 
 
+@pytest.mark.parametrize(('base', 'kind'), [
+    ('faster-rcnn_od-r50-k4_fpn_1x_coco', 'StaticPretrained'),
+    ('mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco', 'Pretrained')])
+def test_a_classifiers_file_of_mmpretrains_names(data, tmp_path, base, kind):
+    file = str(tmp_path / 'classifier.pth')
+    torch.save({'state_dict': {'backbone.conv1.weight': torch.zeros(64, 3, 7, 7),
+                               'head.fc.weight': torch.zeros(10, 2048)}}, file)
+    new_config(data, base, tmp_path / 'my.py', file)
+    config = Config.fromfile(tmp_path / 'my.py')
+    assert config.model.backbone.init_cfg == dict(type=kind, checkpoint=file, prefix='backbone.')
+    assert config.get('load_from') is None
+
+
 def test_a_static_detector_in_a_dynamic_one_is_refused(data, tmp_path):
     file = str(tmp_path / 'detector.pth')
     torch.save({'backbone.conv1.weight': torch.zeros(64, 3, 7, 7)}, file)

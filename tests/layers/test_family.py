@@ -626,3 +626,33 @@ def test_fdconvs_modulations_are_switched_off(switch):
     part = dict(local='KSM_Local', fbm='FBM')[switch]
     assert getattr(FDConv2d(8, 8, 3), part) is not None
     assert getattr(FDConv2d(8, 8, 3, **{switch: False}), part) is None
+
+
+@pytest.mark.parametrize(('cls', 'options', 'geometry', 'sgd', 'adam'), [
+    (ODConv2d, dict(kernel_num=1), (64, 3, 1), 1 / 64, 1 / 8),
+    (ODConv2d, dict(kernel_num=1, gate_scale=2), (64, 3, 1), 1, 1),
+    (ODConv2d, dict(kernel_num=4, gate_scale=2), (64, 3, 1), 1 / 4, 1),
+    (DyConv2d, dict(kernel_num=4), (64, 3, 1), 1 / 4, 1),
+    (CondConv2d, dict(kernel_num=8), (64, 3, 1), 2, 4),
+    (DCDConv2d, {}, (64, 3, 1), 1, 1),
+    (FDConv2d, {}, (64, 3, 1), 0.055, 0.235),
+    (FDConv2d, {}, (64, 1, 1), 0.49, 0.706),
+    (FDConv2d, {}, (96, 3, 96), 4.6, 2.32),
+    (FDConv2d, {}, (288, 3, 288), 13.8, 4.04)])
+def test_what_a_step_changes_of_what_a_static_layer_would(cls, options, geometry, sgd, adam):
+    torch.manual_seed(0)
+    channels, size, groups = geometry
+    shape = dict(padding=size // 2, groups=groups, bias=False)
+    static = nn.Conv2d(channels, channels, size, **shape).double()
+    layer = cls(channels, channels, size, **shape, **options).double()
+    x, target = torch.randn(2, 4, channels, 9, 9).double()
+    for optimizer, expected in ((torch.optim.SGD, sgd), (torch.optim.Adam, adam)):
+        layer.inflate(static.weight.data)
+        changes = []
+        for module, weight in ((copy.deepcopy(static), 'weight'), (layer.eval(), layer.bank_name)):
+            before = module(x)
+            (before - target).square().sum().backward()
+            optimizer([getattr(module, weight)], lr=1e-6).step()
+            module.zero_grad()
+            changes.append((module(x) - before).detach().norm())
+        assert (changes[1] / changes[0]).item() == pytest.approx(expected, rel=0.02)
