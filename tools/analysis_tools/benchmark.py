@@ -169,13 +169,13 @@ class Case:
             for mode in modes:
                 record[mode] = statistics.median(times[alternative, mode]) * 1e3
             if 'training' in modes:
-                record['saved'] = self.saved_bytes(alternative) / 2**20
+                record['saved'] = self.saved_bytes(alternative) / 1e6
                 peak = self.peak_bytes(alternative)
-                record['peak'] = None if peak is None else peak / 2**20
+                record['peak'] = None if peak is None else peak / 1e6
             if 'iteration' in modes:
                 parameters = self.models[alternative][0].parameters()
                 record['reduced'] = sum(p.numel() * p.element_size() for p in parameters
-                                        if p.requires_grad) / 2**20
+                                        if p.requires_grad) / 1e6
             records.append(record)
         for record in records:
             for base in records[:-1]:
