@@ -13,9 +13,12 @@ TOOLS = Path(__file__).parent / '.mim' / 'tools'
 def find_config(name: str) -> Path:
     """The plugin's config of that file name; InputError with the nearest names if none."""
     configs = {path.name: path for path in CONFIGS.rglob('*.py') if path.parent.name != '_base_'}
-    basename = Path(name).name
+    basename, parts = Path(name).name, Path(name).parts
     if basename in configs:
-        return configs[basename].resolve()
+        path = configs[basename].resolve()
+        # Of a path that names another folder it is not the config: that one may have been edited.
+        if path.parts[-len(parts):] == parts:
+            return path
     raise InputError(f'Config {name} does not exist, neither as a path nor among the '
                      f'{len(configs)} configs of mmdet_odconv: '
                      f'{nearest(basename, configs, "see the configs folder")}')

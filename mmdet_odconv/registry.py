@@ -6,5 +6,6 @@ where the plugin's layers, backbones and hooks are. MMEngine imports it then.
 import mmdet.registry
 from mmengine.registry import Registry
 
-REGISTRIES = [Registry(parent.name, parent=parent, scope='mmdet_odconv')
+REGISTRIES = [Registry(parent.name, parent=parent, scope='mmdet_odconv',
+                       locations=[__name__])
               for parent in vars(mmdet.registry).values() if isinstance(parent, Registry)]

@@ -49,6 +49,15 @@ def test_a_config_is_found_by_its_bare_name_and_the_rest_is_handed_on(tmp_path, 
         tool_and_arguments(['nothing-like-it'])
 
 
+def test_a_config_of_another_folder_is_not_the_plugins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = find_config(CONFIG)
+    for folder in ('', './', f'{found.parent.name}/', f'configs/{found.parent.name}/'):
+        assert find_config(folder + CONFIG) == found
+    with pytest.raises(InputError, match=f'^Config mine/{CONFIG} does not exist, .* {CONFIG}'):
+        find_config(f'mine/{CONFIG}')
+
+
 def test_help_names_every_tool(capsys):
     assert tool_and_arguments(['--help']) == []
     printed = capsys.readouterr().out

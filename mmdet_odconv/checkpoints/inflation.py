@@ -37,8 +37,8 @@ def to_dynamic(model: nn.Module,
     Args:
         model: the model; its convolutions keep their mode, dtype and device, and stay frozen where
             they were. Subclasses of :class:`torch.nn.Conv2d` are left alone.
-        conv_cfg: the layer, e.g. ``dict(type='ODConv2d', kernel_num=4, gate_scale=2)``, which begins
-            as the static kernel and not as 4 or 8 times it.
+        conv_cfg: the layer, e.g. ``dict(type='ODConv2d', kernel_num=4, gate_scale=2)``, whose bank
+            begins as the static kernel, and not as 4 or 8 times it.
         include: regular expression or several; convolutions whose whole name, such as
             'backbone.layer1.0.conv2', matches one become dynamic,
         exclude: unless it matches one of these. By default stems (a convolution that reads an

@@ -1,6 +1,7 @@
 """A detector's config made one with a dynamic backbone."""
 import copy
 import inspect
+import os
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional, Tuple
 
@@ -41,6 +42,17 @@ def locate_config(name: str) -> Tuple[Path, str]:
                          f'{root.name}/ with its folder, such as '
                          'mmdet::retinanet/retinanet_r50_fpn_1x_coco.')
     return paths[0], f'{package}::{paths[0].relative_to(root).as_posix()}'
+
+
+def base_as_seen_from(out: Path, base: str) -> str:
+    """What ``_base_`` of a config at ``out`` calls the base: relative, so that both may be moved.
+
+    Where a link leads to ``out``, MMEngine takes '..' now from the text and now from the disk.
+    """
+    folder = os.path.abspath(out.parent)
+    if '::' in base or folder != os.path.realpath(folder):
+        return base
+    return os.path.relpath(base, folder)
 
 
 def swap_backbone(config: Config, kernel_num: Optional[int] = None,

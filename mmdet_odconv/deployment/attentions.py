@@ -9,6 +9,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from ..engine.data_check import check_data
 from ..errors import InputError
 from ..layers import DynamicConv2d
 
@@ -59,7 +60,8 @@ def record_attentions(model: BaseDetector, config: Config, limit: int
         The images, and by layer name the kernel attention of each, (images, n), summing to one.
 
     Raises:
-        InputError: if no layer of the model has an attention over kernels.
+        InputError: if no layer of the model has an attention over kernels, or the annotations
+            number the config's classes in another order.
     """
     kept: Dict[str, List[Tensor]] = {}
 
@@ -75,6 +77,7 @@ def record_attentions(model: BaseDetector, config: Config, limit: int
              if isinstance(module, DynamicConv2d) and isinstance(
                  getattr(module, 'attention', None), nn.Module)]
     loader = Runner.build_dataloader(config.test_dataloader)
+    check_data(loader.dataset, trained=False)
     images: List[Image] = []
     try:
         for data in loader:

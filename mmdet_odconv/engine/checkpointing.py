@@ -5,7 +5,12 @@ import os
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
-from mmengine.dist import all_gather_object, get_rank, is_main_process
+from mmengine.dist import (
+    all_gather_object,
+    broadcast_object_list,
+    get_rank,
+    is_main_process,
+)
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
@@ -87,11 +92,29 @@ class SafeCheckpointHook(CheckpointHook):
             lock_directory(runner.work_dir)
         if (self._is_local(runner) and runner._resume and runner._load_from is None
                 and not runner._has_loaded):  # elsewhere MMEngine finds the last
-            path, passed = newest_whole(Path(runner.work_dir), self._directory(runner),
-                                        self.filename_tmpl)
-            if passed:
-                runner.logger.warning(f'Passed over {", ".join(passed)}.')
-            runner._load_from = None if path is None else str(path)
+            runner._load_from = self._agreed(runner)
+
+    def _agreed(self, runner: Runner) -> Optional[str]:
+        """The newest whole checkpoint that the first process finds, for all to resume from."""
+        found: List[Any] = [None, None]
+        if is_main_process():
+            try:
+                path, passed = newest_whole(Path(runner.work_dir), self._directory(runner),
+                                            self.filename_tmpl)
+            except InputError as error:
+                found = [None, str(error)]
+            else:
+                found = [None if path is None else str(path), None]
+                if passed:
+                    runner.logger.warning(f'Passed over {", ".join(passed)}.')
+        broadcast_object_list(found)
+        checkpoint, refusal = found
+        if refusal is not None:
+            raise InputError(refusal)
+        if checkpoint is not None and not Path(checkpoint).is_file():
+            raise InputError(f'{checkpoint}, from which the first process resumes, does not exist '
+                             f'for process {get_rank()}: give a --work-dir that all share.')
+        return checkpoint
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         if not runner._resume:

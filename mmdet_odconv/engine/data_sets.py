@@ -186,7 +186,7 @@ def convert_voc(root: Path) -> List[Path]:
     lists = [path for path in lists if path.is_file()]
     outs = [root / f'annotations/voc_{path.stem}.json' for path in lists]
     annotations = [[_voc_annotation(root, line.strip())
-                    for line in path.read_text().splitlines() if line.strip()] for path in lists]
+                    for line in _lines(path) if line.strip()] for path in lists]
     changed = max((path.stat().st_mtime_ns for paths in [lists, *annotations] for path in paths
                    if path.is_file()), default=0)
     if all(out.is_file() and out.stat().st_mtime_ns > changed for out in outs):
@@ -195,10 +195,22 @@ def convert_voc(root: Path) -> List[Path]:
     # One numbering of classes for all splits.
     names = sorted({name for images in parsed for *_, objects in images for name, *_ in objects})
     for out, images in zip(outs, parsed):
-        out.parent.mkdir(exist_ok=True)
+        try:
+            out.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputError(f'{out.parent}, where annotations in COCO format go, cannot be made '
+                             f'({error.strerror}): make {root} writable, or give a copy of it.'
+                             ) from error
         with writing(out, True) as temporary:
             temporary.write_text(json.dumps(_as_coco(images, names)))
     return outs
+
+
+def _lines(path: Path) -> List[str]:
+    try:
+        return path.read_text(encoding='utf-8-sig').splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f'{path} is no text in UTF-8 ({error}): save it as that.') from error
 
 
 def _voc_annotation(root: Path, line: str) -> Path:
@@ -210,6 +222,10 @@ def _voc_annotation(root: Path, line: str) -> Path:
 def _read_voc(root: Path, paths: Iterable[Path]) -> list:
     """(file name, width, height, objects) of each image; an object is (name, box, difficult)."""
     images = []
+    files: Dict[str, List[str]] = {}  # names by what is before the suffix
+    for file in sorted((root / 'JPEGImages').rglob('*')):
+        name = file.relative_to(root / 'JPEGImages')
+        files.setdefault(name.with_suffix('').as_posix(), []).append(name.as_posix())
     for path in paths:
         try:
             tree = ElementTree.parse(path).getroot()
@@ -225,9 +241,12 @@ def _read_voc(root: Path, paths: Iterable[Path]) -> list:
                 objects.append((kind, [left, top, right - left, bottom - top],
                                 int(found.findtext('difficult') or 0)))
             name = Path(tree.findtext('filename') or '').name
-            if not name or not (root / 'JPEGImages' / name).is_file():
-                # Copies of a data set often keep another's names.
-                name = path.relative_to(root / 'Annotations').with_suffix('.jpg').as_posix()
+            stem = path.relative_to(root / 'Annotations').with_suffix('').as_posix()
+            own = files.get(stem, [])
+            if own and name not in own:
+                name = own[0]  # copies, and augmented ones, often keep another's name
+            elif not own and not (name and (root / 'JPEGImages' / name).is_file()):
+                name = f'{stem}.jpg'
             width, height = (int(tree.findtext(f'size/{side}'))  # type: ignore[arg-type]  # caught
                              for side in ('width', 'height'))
         except (OSError, ElementTree.ParseError, TypeError, ValueError) as error:

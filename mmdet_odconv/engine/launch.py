@@ -136,8 +136,10 @@ def explain(error: BaseException) -> Optional[str]:
         return unreadable(image, error)
     if 'in DataLoader worker process' in str(error):
         return _unreadable_in_worker(str(error))
-    if isinstance(error, FileNotFoundError) and error.filename:
-        return f'{error.filename} does not exist: check the paths in the config.'
+    if isinstance(error, OSError) and error.filename:
+        reason = ('does not exist' if isinstance(error, FileNotFoundError) else
+                  f'cannot be used ({error.strerror})')
+        return f'{error.filename} {reason}: check the paths in the config.'
     return None
 
 

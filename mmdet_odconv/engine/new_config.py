@@ -5,7 +5,6 @@ import inspect
 import io
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from ..backbones.dynamic import DynamicBackbone
 from ..checkpoints import read_weights
 from ..checkpoints.files import refuse_existing, writing
-from ..checkpoints.swapping import importing_plugin, locate_config
+from ..checkpoints.swapping import base_as_seen_from, importing_plugin, locate_config
 from ..errors import InputError
 from ..layers import DynamicConv2d
 from ..layers.odconv import FEW_IMAGES
@@ -72,12 +71,18 @@ def new_config(data: Path, base: str, out: Path, weights: Optional[str] = None,
         raise InputError(f'{data} is no directory: give the folder of a data set in COCO or '
                          "Pascal VOC format, with its images and their annotations.")
     path, name = _locate(base, out)
+    if path.resolve() == out.resolve():
+        raise InputError(f'{out} is the base itself: give another name to --out.')
     config = _read(path, base)
     written = convert_voc(data)
     folders = find_splits(data)
     splits = {split: read_split(data / annotations)
               for split, (annotations, _) in folders.items()}
     classes, warnings = _classes(splits)
+    if not classes:
+        raise InputError(f'{data / folders["train"][0]} has {len(splits["train"].boxes)} '
+                         'categories, and no split a box of any: give a data set with objects to '
+                         'learn.')
     start, said = _start(config, weights)
     text = _text(config, name, data, folders, classes, start)
     with writing(out, force) as temporary:
@@ -94,7 +99,7 @@ def _locate(base: str, out: Path) -> Tuple[Path, str]:
         path = find_config(base if base.endswith('.py') else f'{base}.py')
         return path, f'mmdet_odconv::{path.relative_to(CONFIGS.resolve()).as_posix()}'
     path, name = locate_config(base)
-    return path, name if '::' in name else os.path.relpath(name, out.resolve().parent)
+    return path, base_as_seen_from(out, name)
 
 
 def _read(path: Path, base: str) -> Config:

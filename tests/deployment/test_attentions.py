@@ -75,6 +75,11 @@ def test_what_is_read_of_a_data_set(tmp_path):
     with pytest.raises(InputError, match='^No layer of this detector mixes kernels by attention'):
         record_attentions(build_model(config).eval(), config, 100)
     config.model.backbone.kernel_num = 2
+    classes = config.test_dataloader.dataset.metainfo.classes
+    config.test_dataloader.dataset.metainfo.classes = classes[::-1]
+    with pytest.raises(InputError, match=r"val\.json lists 0 where the config's classes have 9"):
+        record_attentions(build_model(config).eval(), config, 100)
+    config.test_dataloader.dataset.metainfo.classes = classes
     images, _ = record_attentions(build_model(config).eval(), config, 100)
     assert sum(len(image.boxes) for image in images) == len(content['annotations']) - 1
 

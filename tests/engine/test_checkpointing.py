@@ -24,6 +24,7 @@ from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from torch import nn
 from torch.utils.data import Dataset
 
+from mmdet_odconv.engine import checkpointing
 from mmdet_odconv.engine.checkpointing import STATES, SafeCheckpointHook, WholeFileBackend
 from mmdet_odconv.engine.lock import lock_directory, release_directory
 from mmdet_odconv.engine.randomness import random_state, set_random_state
@@ -288,6 +289,27 @@ def test_a_remote_directory_is_left_to_mmengine(tmp_path):
                   _train_loop=Mock(spec=BaseLoop))
     SafeCheckpointHook(out_dir='s3://bucket/run').before_run(runner)
     assert runner._load_from is None and not runner.logger.warning.called
+
+
+@pytest.mark.parametrize(('found', 'message'), [
+    (['{}/epoch_3.pth', None], 'does not exist for process 0: give a --work-dir that all share'),
+    ([None, 'None of the checkpoints is whole.'], '^None of the checkpoints is whole')])
+def test_all_processes_resume_as_the_first(tmp_path, monkeypatch, found, message):
+    """In another process than the first, which sees another directory."""
+    monkeypatch.setattr(checkpointing, 'is_main_process', lambda: False)
+
+    def receive(value):
+        value[:] = [part and part.format(tmp_path) for part in found]
+
+    monkeypatch.setattr(checkpointing, 'broadcast_object_list', receive)
+    runner = Mock(work_dir=str(tmp_path), _resume=True, _load_from=None, _has_loaded=False,
+                  _train_loop=Mock(spec=BaseLoop))
+    with pytest.raises(InputError, match=message):
+        SafeCheckpointHook().before_run(runner)
+    if found[0]:
+        (tmp_path / 'epoch_3.pth').touch()
+        SafeCheckpointHook().before_run(runner)
+        assert runner._load_from == f'{tmp_path}/epoch_3.pth'
 
 
 class TestNewestWhole:

@@ -25,6 +25,13 @@ def test_a_full_disk_elsewhere_removes_nothing():
     assert 'removed' not in sentence
 
 
+def test_a_path_that_cannot_be_used(tmp_path):
+    assert explained(IsADirectoryError, open, tmp_path) == (
+        f'{tmp_path} cannot be used (Is a directory): check the paths in the config.')
+    assert explained(FileNotFoundError, open, tmp_path / 'x').startswith(
+        f'{tmp_path}/x does not exist: check')
+
+
 def test_a_layer_that_fails_is_not_called_unknown(monkeypatch):
     class Broken(nn.Module):
         def __init__(self, *args):
@@ -79,7 +86,8 @@ class Failing(CocoDataset):
 def test_only_what_is_wrong_with_the_data_is_called_not_coco(monkeypatch):
     assert explained(MemoryError, Failing, ann_file='a.json') is None
     monkeypatch.setattr(Failing, 'error', PermissionError(errno.EACCES, 'denied', 'a.json'))
-    assert explained(PermissionError, Failing, ann_file='a.json') is None
+    assert explained(PermissionError, Failing, ann_file='a.json').startswith(
+        'a.json cannot be used (denied): check the paths')
     monkeypatch.setattr(Failing, 'error', KeyError('images'))
     assert explained(KeyError, Failing, ann_file='a.json').startswith(
         "Annotation file a.json could not be read as COCO (KeyError: 'images'): ")

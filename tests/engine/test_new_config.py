@@ -264,6 +264,35 @@ def test_pascal_voc_annotations_that_changed_are_read_again(voc):
     assert list(read_split(written[1]).boxes.items()) == [('cat', 0), ('dog', 1)]
 
 
+@pytest.mark.parametrize(('images', 'said', 'expected'), [
+    (['b.jpg', 'a.jpg'], 'a.jpg', 'b.jpg'),  # an augmented copy, which keeps the name of the first
+    (['b.png'], 'b', 'b.png'),
+    (['b.JPG'], '', 'b.JPG'),
+    (['b.png', 'b.jpg'], 'b.png', 'b.png'),
+    (['000001.jpg'], '000001.jpg', '000001.jpg'),
+    ([], 'a.jpg', 'b.jpg')])
+def test_the_image_of_a_pascal_voc_annotation(voc, images, said, expected):
+    for image in images:
+        (voc / 'JPEGImages' / image).touch()
+    (voc / 'Annotations/b.xml').write_text(voc_annotation('cat').replace(
+        '<size>', f'<filename>{said}</filename><size>'))
+    image, = json.loads(convert_voc(voc)[1].read_text())['images']
+    assert image['file_name'] == expected
+
+
+def test_pascal_voc_lists_of_other_encodings_and_a_place_that_cannot_be_written(voc):
+    (voc / 'ImageSets/Main/val.txt').write_text('b', encoding='utf-8-sig')
+    convert_voc(voc)
+    (voc / 'ImageSets/Main/val.txt').write_text('Ä', encoding='latin-1')
+    with pytest.raises(InputError, match=r'val\.txt is no text in UTF-8 .*: save it as that\.'):
+        convert_voc(voc)
+    (voc / 'ImageSets/Main/val.txt').write_text('b')
+    shutil.rmtree(voc / 'annotations')
+    (voc / 'annotations').touch()
+    with pytest.raises(InputError, match='annotations, where .* cannot be made .*: make .* writ'):
+        convert_voc(voc)
+
+
 @pytest.mark.parametrize(('file', 'text', 'message'), [
     ('Annotations/b.xml', '<annotation>', r'b\.xml could not be read as a Pascal VOC annotation'),
     ('Annotations/b.xml', voc_annotation(''), r'b\.xml could not be read .*an object has no name'),
@@ -276,6 +305,26 @@ def test_pascal_voc_folders_that_are_refused(voc, tmp_path, file, text, message)
         (voc / file).write_text(text)
     with pytest.raises(InputError, match=message):
         new_config(voc, digits.CONFIG, tmp_path / 'my.py')
+
+
+def test_a_base_in_another_place(data, tmp_path):
+    (tmp_path / 'real/deep').mkdir(parents=True)
+    (tmp_path / 'link').symlink_to(tmp_path / 'real/deep')
+    base = tmp_path / 'base.py'
+    text = f'_base_ = {str(find_config(digits.CONFIG))!r}\n'
+    base.write_text(text)
+    new_config(data, str(base), tmp_path / 'link/my.py', 'none')
+    assert Config.fromfile(tmp_path / 'link/my.py').model.backbone.init_cfg is None
+    with pytest.raises(InputError, match=r'base\.py is the base itself: give another name'):
+        new_config(data, str(base), base, 'none', force=True)
+    assert base.read_text() == text
+
+
+def test_data_without_a_box(mend, tmp_path):
+    for split in ('train', 'val'):
+        folder = mend(split, lambda content: content.update(annotations=[]))
+    with pytest.raises(InputError, match=r'train\.json has \d+ categories, and no split a box'):
+        new_config(folder, digits.CONFIG, tmp_path / 'my.py')
 
 
 def test_what_is_refused_writes_nothing(mend, data, tmp_path):

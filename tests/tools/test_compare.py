@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import digits
 import pytest
@@ -283,6 +284,22 @@ def test_what_is_queued_when_it_is_interrupted_is_not_begun(module, monkeypatch,
     signal.signal(signal.SIGINT, before)
     assert ended.value.code == 130 and begun == [0]
     assert 'interrupted: run the same command again to go on' in capsys.readouterr().err
+
+
+def test_a_detector_that_nothing_counts_is_compared(module, tmp_path):
+    runs = [record('static', 0), record('dynamic', 0)]
+    del runs[1]['params'], runs[1]['gmadds']
+    rows, _ = module.report([{**run, 'images': {}} for run in runs], tmp_path, Mock())
+    assert rows[1]['params'] is None and (tmp_path / 'compare.png').is_file()
+    assert '| dynamic | 0.500 | 0 | +0.000 |  |  | 1.00 |' in (tmp_path / 'compare.md').read_text()
+
+
+@pytest.mark.parametrize(('option', 'value'), [('--jobs', 0), ('--evaluations', 0)])
+def test_options_out_of_range(module, monkeypatch, capsys, option, value):
+    monkeypatch.setattr(sys, 'argv', ['compare.py', 'x.py', option, str(value)])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert f'{option} must be at least 1, got {value}' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(('other', 'differs'), [

@@ -152,6 +152,14 @@ def test_a_detector_and_its_parts(tmp_path):
     assert stats['parts']['roi_head']['other'] == roi_head
 
 
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_counted(tool, monkeypatch):
+    monkeypatch.setattr(tool, 'detector_stats', None)
+    monkeypatch.setattr('sys.argv', ['get_model_stats.py', 'faster-rcnn_od-r18-k4_fpn_digits.py',
+                                     '--out', 'nowhere/stats.json'])
+    with pytest.raises(SystemExit, match='^error: nowhere/stats.json could not be written'):
+        tool.main()
+
+
 def test_a_config_that_is_unknown(tmp_path):
     result = digits.tool(tmp_path, 'analysis_tools/get_model_stats.py', 'faster_rcnn_od.py',
                          check=False)

@@ -82,6 +82,21 @@ def test_evaluations_are_drawn_where_they_were(report, figure, tmp_path, train, 
     assert list(figure().axes[1].lines[0].get_xdata()) == expected
 
 
+def test_a_log_that_was_cut_short(report, tmp_path):
+    (tmp_path / 'a/vis_data').mkdir(parents=True)
+    (tmp_path / 'a/vis_data/scalars.json').write_text(
+        '{"loss": 1.0, "iter": 1}\n{"loss": 0.5, "it\n{"coco/bbox_mAP": 0.5, "step": 2}\n')
+    train, val = report.read_scalars(tmp_path)
+    assert list(train) == [1] and list(val) == [2]
+
+
+def test_what_it_cannot_show(report, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('sys.argv', ['report.py', str(tmp_path), '--images', '0'])
+    with pytest.raises(SystemExit):
+        report.main()
+    assert '--images must be at least 1, got 0' in capsys.readouterr().err
+
+
 def test_points(report, tmp_path, capsys):
     digits.tool(tmp_path, 'dataset_converters/digits.py', 'data', '--keypoints',
                 '--train', '1', '--val', '2', '--size', '96')

@@ -267,7 +267,8 @@ def summarise(records):
             ) if others else None,
             'iterations_at_equal_time': max(
                 (record['iterations'] for record in timed.values()), default=None),
-            'params': any_run['params'], 'gmadds': any_run['gmadds'],
+            # Of some detectors, as of Sparse R-CNN, nothing counts them.
+            'params': any_run.get('params'), 'gmadds': any_run.get('gmadds'),
             'seconds': min(record['seconds'] for record in runs.values())})
     return rows
 
@@ -302,8 +303,9 @@ def markdown(rows, records):
             equal_time += f' ({row["iterations_at_equal_time"]} iterations)'
         lines.append(' | '.join([
             f'| {short_name(row)}', f'{row["map"]:.3f}{spread}', ', '.join(map(str, row['seeds'])),
-            signed(row['difference']), *([equal_time] if timed else []), f'{row["params"]:.2f}',
-            f'{row["gmadds"]:.2f}', f'{row["seconds"]:.2f} |']))
+            signed(row['difference']), *([equal_time] if timed else []),
+            *('' if row[size] is None else f'{row[size]:.2f}' for size in ('params', 'gmadds')),
+            f'{row["seconds"]:.2f} |']))
     done = next(r for r in records if 'error' not in r and r['budget'] == 'iterations')
     images = ', '.join(f'{number} {split}' for split, number in done['images'].items())
     return '\n'.join([
@@ -342,8 +344,9 @@ def draw(rows, path):
                 if row['spread']:
                     axis.axvspan(row['map'] - row['spread'], row['map'] + row['spread'],
                                  color='0.92', zorder=-1)
-        axis.set_yticks(range(len(found)), [
-            f'{short_name(row)}  ({row["params"]:.1f}M, {row["gmadds"]:.2f}G)' for row in found])
+        axis.set_yticks(range(len(found)), [short_name(row) + (
+            '' if row['params'] is None else f'  ({row["params"]:.1f}M, {row["gmadds"]:.2f}G)')
+            for row in found])
         axis.set(xlabel='box mAP\n(in brackets: parameters, multiply-adds)', title=host,
                  ylim=(-0.6, len(found) - 0.4))
         axis.margins(x=0.1)
@@ -488,14 +491,18 @@ def main():
     args = parser.parse_args()
     if bool(args.configs) == bool(args.redraw):
         parser.error('give configs to train, or --redraw with the records of runs')
+    for option in ('iterations', 'evaluations', 'jobs'):
+        if getattr(args, option) < 1:
+            parser.error(f'--{option} must be at least 1, got {getattr(args, option)}')
     # Lines cut to a pipe's 80 columns could not be read.
     console = Console() if sys.stdout.isatty() else Console(width=150)
     with errors_explained():
         if args.redraw:
             for directory in args.redraw:
                 records = [json.loads(path.read_text()) for path in directory.glob('*.json')]
-                if not records:
-                    raise InputError(f'{directory} holds no record of a run.')
+                if not records or not all('config' in record for record in records):
+                    raise InputError(f'{directory} holds no records of runs, or other JSON beside '
+                                     'them: give a folder such as WORK_DIR/records.')
                 check_one_comparison(records, directory)
                 records.sort(key=lambda record: (record['place'], record['seed']))
                 report(records, directory, console)

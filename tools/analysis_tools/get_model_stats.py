@@ -19,6 +19,7 @@ Products by which a layer makes its kernels, as KernelWarehouse's of cells, are 
 """
 import argparse
 import collections
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -36,6 +37,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmdet_odconv import InputError, config_path
+from mmdet_odconv.checkpoints.files import writing
 from mmdet_odconv.engine.launch import errors_explained
 from mmdet_odconv.layers import DynamicConv2d
 from mmdet_odconv.ops import force_plan, set_machine
@@ -179,7 +181,10 @@ def main():
     args = parser.parse_args()
     with errors_explained():
         path = Path(config_path(args.config))
-        stats = detector_stats(Config.fromfile(path), tuple(args.shape))
+        with writing(args.out, True) if args.out else contextlib.nullcontext() as temporary:
+            stats = detector_stats(Config.fromfile(path), tuple(args.shape))
+            if temporary:
+                temporary.write_text(json.dumps(stats, indent=1))
     table = Table(title=f'{path.stem}, one image of {args.shape[0]}x{args.shape[1]}')
     for column in ('part', 'params, M', 'MAdds, G', *KINDS):
         table.add_column(column, justify='left' if column == 'part' else 'right')
@@ -195,8 +200,6 @@ def main():
     console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(table)
     console.print(f'activations kept for backward: {stats["activations"] / 2**20:.0f} MB')
-    if args.out:
-        args.out.write_text(json.dumps(stats, indent=1))
 
 
 if __name__ == '__main__':

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import mmcv
 import mmengine
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from matplotlib.patches import Rectangle  # noqa: E402
 
 from mmdet_odconv.deployment.attentions import Image, judge  # noqa: E402
 from mmdet_odconv.engine.data_sets import nested  # noqa: E402
+from mmdet_odconv.engine.launch import errors_explained  # noqa: E402
 
 # What each is drawn as, of colours that a colour-blind reader tells apart (Okabe and Ito).
 KINDS = {'right': ('#56b4e9', '-'), 'wrong class': ('#f0e442', '-'), 'false': ('#e69f00', '--'),
@@ -54,7 +56,10 @@ def read_scalars(work_dir):
     train, val = {}, {}
     for path in sorted(work_dir.glob('*/vis_data/scalars.json')):
         for line in path.read_text().splitlines():
-            record = json.loads(line)
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # cut short, as by a full disk
             if 'loss' in record:
                 train[record['iter']] = record
             elif any(f'coco/{name}' in record for name in MAPS):
@@ -130,7 +135,7 @@ def contact_sheet(paths):
     for axis in axes.flat:
         axis.axis('off')
     for axis, path in zip(axes.flat, paths):
-        axis.imshow(plt.imread(path))
+        axis.imshow(mmcv.imread(path)[..., ::-1])  # turned and coloured as the detector saw it
     return figure, axes.flat
 
 
@@ -239,6 +244,14 @@ def main():
     parser.add_argument('--images', type=int, default=12, help='pictures on the contact sheet')
     parser.add_argument('--score', type=float, default=0.5, help='least score of a box shown')
     args = parser.parse_args()
+    if args.images < 1:
+        parser.error(f'--images must be at least 1, got {args.images}')
+    with errors_explained():
+        report(args)
+
+
+def report(args):
+    """What main writes and prints."""
     configs = sorted(args.work_dir.glob('*.py'))
     predictions = args.work_dir / 'predictions.pkl'
     if not configs or not predictions.is_file():

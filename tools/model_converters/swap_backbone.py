@@ -8,7 +8,6 @@ on, of ODConv or of another --layer; another backbone gets it by conv_cfg if it 
 without, ImageNet weights that the config starts from are converted when training starts.
 """
 import argparse
-import os
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from mmdet_odconv import InputError
 from mmdet_odconv.checkpoints import load_static, read_weights, save_checkpoint
 from mmdet_odconv.checkpoints.files import refuse_existing, writing
 from mmdet_odconv.checkpoints.swapping import (
+    base_as_seen_from,
     build_model,
     converted,
     dynamic_config,
@@ -63,9 +63,8 @@ def main():
         config = Config.fromfile(path)
         changes = swap_backbone(config, args.kernel_num,
                                 None if args.checkpoint else 'StaticPretrained', args.layer)
-        if '::' not in base:
-            base = os.path.relpath(base, out.resolve().parent)
-        text = dynamic_config(config, base, changes, weights if args.checkpoint else None)
+        text = dynamic_config(config, base_as_seen_from(out, base), changes,
+                              weights if args.checkpoint else None)
         if args.checkpoint:
             state, checkpoint = read_weights(args.checkpoint)
         with writing(out, args.force) as temporary:
