@@ -13,6 +13,7 @@ from torch import nn
 from ..backbones.dynamic import DynamicBackbone
 from ..errors import InputError
 from ..layers import DynamicConv2d, KWConv2d
+from ..layers.odconv import FEW_IMAGES
 from .files import kept_meta, provenance
 
 SWAPS = {'ResNet': 'ODResNet', 'ResNetV1d': 'ODResNetV1d', 'ResNeXt': 'ODResNeXt',
@@ -82,13 +83,14 @@ def swap_backbone(config: Config, kernel_num: Optional[int] = None,
         raise InputError(f'The config starts from a whole static detector, {config.load_from}: '
                          'give it as --checkpoint, with the config that it was trained with, or '
                          'set load_from=None.')
+    batch_size = (config.get('train_dataloader') or {}).get('batch_size')
     changes: dict = {}
     for path, backbone in _backbones(config.get('model') or {}):
         part, given = changes, config.model
         for key in path:
             part.update(_init_of(given, init_cfg))
             part, given = part.setdefault(key, {}), given[key]
-        part.update(_change_of(backbone, conv_cfg), **_init_of(backbone, init_cfg))
+        part.update(_change_of(backbone, conv_cfg, batch_size), **_init_of(backbone, init_cfg))
     if not changes:
         raise InputError('The config has no model with a backbone.')
     return changes
@@ -112,6 +114,18 @@ def layer_config(layer: str, kernel_num: Optional[int] = None) -> dict:
     # Gates that begin at 1 leave a static kernel, and what an optimizer does to it, as it is.
     gates = dict(gate_scale=2) if 'gate_scale' in parameters else {}
     return dict(type=layer, kernel_num=bank.default if kernel_num is None else kernel_num, **gates)
+
+
+def norm_of_few(layer: Any, conv_cfg: dict, batch_size: Optional[int]) -> Dict[str, Any]:
+    """``norm_cfg`` of a layer's attention that trains on so many images at once, if few.
+
+    Of few pooled values BatchNorm's statistics are noise, from which a network learns little or
+    the wrong thing; LayerNorm asks nothing of the other images.
+    """
+    takes_norm = isinstance(layer, type) and 'norm_cfg' in inspect.signature(layer).parameters
+    if takes_norm and 'norm_cfg' not in conv_cfg and batch_size and batch_size <= FEW_IMAGES:
+        return dict(norm_cfg=dict(type='LN'))
+    return {}
 
 
 def layer_name(conv_cfg: dict) -> str:
@@ -144,7 +158,7 @@ def _init_of(module: dict, init_cfg: Optional[str]) -> Dict[str, object]:
     return {}
 
 
-def _change_of(backbone: dict, conv_cfg: dict) -> Dict[str, object]:
+def _change_of(backbone: dict, conv_cfg: dict, batch_size: Optional[int]) -> Dict[str, object]:
     kind = backbone.get('type')
     if kind is None:
         raise InputError("The config's backbone has no type: the model is not one of MMDetection.")
@@ -158,19 +172,21 @@ def _change_of(backbone: dict, conv_cfg: dict) -> Dict[str, object]:
     name = cls.__name__
     if name in SWAPS.values() or 'dynamic_convs' in vars(cls):
         raise InputError(f'{name} is dynamic already.')
-    # mmdet's subclasses leave what they share to their bases' signatures.
-    parameter = next((parameters['conv_cfg'] for parameters in (
-        inspect.signature(base.__init__).parameters for base in cls.__mro__)
-        if 'conv_cfg' in parameters), None)
+    parameter = _parameter(cls, 'conv_cfg')
     static = backbone.get('conv_cfg', getattr(parameter, 'default', None))
     if isinstance(static, dict):
         raise InputError(f'{name} has conv_cfg={static["type"]} already.')
-    if conv_cfg['type'] == KWConv2d.__name__:
+    layer = KWConv2d if conv_cfg['type'] == KWConv2d.__name__ else MODELS.get(conv_cfg['type'])
+    norm_eval = backbone.get('norm_eval', getattr(_parameter(cls, 'norm_eval'), 'default', False))
+    norm = {} if norm_eval else norm_of_few(layer, conv_cfg, batch_size)
+    if layer is KWConv2d:
         if name not in WAREHOUSE_SWAPS:
             raise InputError(f'{name} has no KernelWarehouse kind, which '
                              f'{" and ".join(WAREHOUSE_SWAPS)} have: give another layer.')
         dynamic = WAREHOUSE_SWAPS[name]
-        return dict(_defaults_of(cls, MODELS.get(dynamic), backbone), type=dynamic)
+        return dict(_defaults_of(cls, MODELS.get(dynamic), backbone), type=dynamic,
+                    **(dict(conv_cfg=norm) if norm else {}))
+    conv_cfg = {**conv_cfg, **norm}
     if name in SWAPS:
         kept = _defaults_of(cls, MODELS.get(SWAPS[name]), backbone)
         return dict(kept, type=SWAPS[name], conv_cfg=conv_cfg)
@@ -179,6 +195,13 @@ def _change_of(backbone: dict, conv_cfg: dict) -> Dict[str, object]:
     if parameter is not None:
         return dict(conv_cfg=conv_cfg)
     raise InputError(f'{name} takes no conv_cfg.')
+
+
+def _parameter(cls: type, name: str) -> Optional[inspect.Parameter]:
+    """Of a backbone or, as mmdet's leave what they share to their bases' signatures, of those."""
+    return next((parameters[name] for parameters in (
+        inspect.signature(base.__init__).parameters  # type: ignore[misc]
+        for base in cls.__mro__) if name in parameters), None)
 
 
 def _defaults_of(cls: type, dynamic: type, given: dict) -> Dict[str, object]:

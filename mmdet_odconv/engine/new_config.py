@@ -1,7 +1,6 @@
 """A short config that trains a supplied detector on a data set of one's own."""
 import contextlib
 import copy
-import inspect
 import io
 import json
 import math
@@ -16,10 +15,14 @@ from torch import Tensor
 from ..backbones.dynamic import DynamicBackbone
 from ..checkpoints import read_weights
 from ..checkpoints.files import refuse_existing, writing
-from ..checkpoints.swapping import base_as_seen_from, importing_plugin, locate_config
+from ..checkpoints.swapping import (
+    base_as_seen_from,
+    importing_plugin,
+    locate_config,
+    norm_of_few,
+)
 from ..errors import InputError
 from ..layers import DynamicConv2d
-from ..layers.odconv import FEW_IMAGES
 from ..names import CONFIGS, find_config
 from .data_check import check_images, find_faults, reads_coco, unwrapped
 from .data_sets import (
@@ -157,12 +160,9 @@ def _start(config: Config, weights: Optional[str]) -> Tuple[Dict[str, Any], List
         start: Dict[str, Any] = {'init_cfg': None, **{
             key: value for key, value in (('frozen_stages', -1), ('norm_eval', False))
             if key in backbone}}
-        # BatchNorm of so few pooled values is noise, from which a network may learn nothing.
-        if (is_dynamic and isinstance(layer, type)
-                and 'norm_cfg' in inspect.signature(layer).parameters
-                and 'norm_cfg' not in conv_cfg
-                and config.train_dataloader.get('batch_size', FEW_IMAGES) < FEW_IMAGES):
-            start['conv_cfg'] = dict(norm_cfg=dict(type='LN'))
+        norm = norm_of_few(layer, conv_cfg, config.train_dataloader.get('batch_size'))
+        if is_dynamic and norm:
+            start['conv_cfg'] = norm
         return dict(backbone=start, **no_detector), []
     state = {} if '://' in weights else read_weights(weights)[0]
     inflated = is_dynamic and not any(

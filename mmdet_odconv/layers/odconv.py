@@ -18,7 +18,9 @@ from .base import DynamicConv2d, PaddingMode
 
 MIN_HIDDEN_CHANNELS = 16
 NORM_TYPES = ('BN', 'SyncBN', 'GN', 'LN')
-FEW_IMAGES = 4  # a device's; of fewer pooled values BatchNorm's statistics are mostly noise
+# A device's. BatchNorm that trains on so many pooled values has harmed, and on fewer prevented
+# learning (docs/guides/training-from-scratch.md).
+FEW_IMAGES = 4
 
 
 @MODELS.register_module()

@@ -122,7 +122,7 @@ def test_weights_are_inflated_where_the_backbone_is_dynamic(data, tmp_path, base
     ('mask-rcnn_kw-r50_fpn_adamw-ms-1x_coco', dict(type='LN')),  # two images a device
     ('faster-rcnn_od-r50-k4_fpn_1x_coco', dict(type='LN')),
     ('faster-rcnn_dy-r50-k4_fpn_1x_coco', None),  # has no norm
-    ('faster-rcnn_od-r18-k4_fpn_digits', None)])  # four
+    ('faster-rcnn_od-r18-k4_fpn_digits', dict(type='LN'))])  # four
 def test_attention_from_scratch_has_no_batchnorm_of_few_images(data, tmp_path, base, norm):
     new_config(data, base, tmp_path / 'my.py', 'none')
     backbone = Config.fromfile(tmp_path / 'my.py').model.backbone

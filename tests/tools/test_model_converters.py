@@ -183,6 +183,21 @@ def test_swap_repeats_nothing_that_the_config_has(convert, tmp_path):
     assert [hook.type for hook in config.custom_hooks] == ['InputCheckHook']
 
 
+FEW = CONFIGS / 'quickstart/faster-rcnn_mobilenet-v2-x0.5_fpn_digits.py'  # four; norms train
+
+
+@pytest.mark.parametrize(('config', 'layer', 'norm'), [
+    (FEW, 'ODConv2d', dict(type='LN')), (FEW, 'FDConv2d', dict(type='LN')),
+    (FEW, 'KWConv2d', dict(type='LN')), (FEW, 'DyConv2d', None),  # which has no norm
+    ('mmdet::yolox_tiny_8xb8-300e_coco', 'ODConv2d', None),
+    ('mmdet::faster-rcnn_r50_fpn_1x_coco', 'ODConv2d', None)])  # of two, by running averages
+def test_an_attention_that_trains_on_few_images_has_no_batchnorm(convert, tmp_path, config, layer,
+                                                                 norm):
+    convert('swap_backbone', config, '--out', tmp_path / 'out.py', '--layer', layer)
+    backbone = Config.fromfile(tmp_path / 'out.py').model.backbone
+    assert (backbone.get('conv_cfg') or {}).get('norm_cfg') == norm
+
+
 def test_swap_a_config_of_mmdet(convert, tmp_path):
     out = tmp_path / 'yolox.py'
     convert('swap_backbone', 'mmdet::yolox_tiny_8xb8-300e_coco', '--out', out,
