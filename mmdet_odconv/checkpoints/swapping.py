@@ -199,18 +199,25 @@ def _change_of(backbone: dict, conv_cfg: dict, batch_size: Optional[int]) -> Dic
 
 def _parameter(cls: type, name: str) -> Optional[inspect.Parameter]:
     """Of a backbone or, as mmdet's leave what they share to their bases' signatures, of those."""
-    return next((parameters[name] for parameters in (
-        inspect.signature(base.__init__).parameters  # type: ignore[misc]
-        for base in cls.__mro__) if name in parameters), None)
+    return _parameters(cls).get(name)
+
+
+def _parameters(cls: type) -> Dict[str, inspect.Parameter]:
+    return {name: parameter for base in reversed(cls.__mro__) if '__init__' in vars(base)
+            for name, parameter in inspect.signature(
+                base.__init__).parameters.items()}  # type: ignore[misc]
 
 
 def _defaults_of(cls: type, dynamic: type, given: dict) -> Dict[str, object]:
     """What a backbone of MMPose or MMPretrain does by default and mmdet's of that name does not."""
     if issubclass(dynamic, cls):
         return {}
-    theirs = inspect.signature(cls).parameters
-    ours = next(inspect.signature(base).parameters for base in dynamic.__mro__
-                if base.__name__ == cls.__name__)
+    theirs, ours = _parameters(cls), _parameters(next(
+        base for base in dynamic.__mro__ if base.__name__ == cls.__name__))
+    unknown = sorted(given.keys() - ours.keys() - {'type', '_scope_', '_delete_'})
+    if unknown:
+        raise InputError(f"{cls.__name__} has {', '.join(unknown)}, which {dynamic.__name__} of "
+                         'MMDetection does not take: take it out of the config.')
     return {name: parameter.default for name, parameter in theirs.items()
             if name in ours and name not in given and name != 'init_cfg'
             and parameter.default not in (parameter.empty, ours[name].default)}
@@ -221,7 +228,8 @@ def make_static(config: dict) -> None:
 
     def bases(value):
         kind = value.get('type') if isinstance(value, dict) else None
-        kind = MODELS.get(kind) if isinstance(kind, str) else kind
+        if isinstance(kind, str):
+            kind = KWConv2d if kind == KWConv2d.__name__ else MODELS.get(kind)
         return kind.__mro__ if isinstance(kind, type) else ()
 
     if DynamicBackbone in bases(config):

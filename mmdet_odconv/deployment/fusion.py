@@ -1,7 +1,7 @@
 """Norms folded into the convolutions before them, dynamic and static."""
 import collections
 import copy
-from typing import Any, Iterator, Tuple
+from typing import Any, Iterator, Optional, Tuple
 
 import torch
 from mmcv.cnn import ConvModule
@@ -24,17 +24,23 @@ class Folded(nn.Identity):
     """In the place of a norm that its convolution does now."""
 
 
-class Shift(nn.Module):
-    """What remains of a norm whose scale its convolution does: a constant for each channel."""
+class Affine(nn.Module):
+    """What remains of a norm: constants for each channel, the scale ``None`` if it is done before.
 
+    No norm any more, which mmcv would fold into whatever convolution it finds before.
+    """
+
+    scale: Optional[Tensor]
     shift: Tensor
 
-    def __init__(self, shift: Tensor) -> None:
+    def __init__(self, scale: Optional[Tensor], shift: Tensor) -> None:
         super().__init__()
+        self.register_buffer('scale', scale)
         self.register_buffer('shift', shift)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add to x, (B, C, H, W)."""
+        """Scale x, (B, C, H, W), and add to it."""
+        x = x if self.scale is None else x * self.scale[:, None, None]
         return x + self.shift[:, None, None]
 
 
@@ -45,7 +51,8 @@ def fuse(model: nn.Module) -> nn.Module:
     A BatchNorm registered right after a dynamic or static convolution, as in every block of
     MMDetection and as mmcv's ``fuse_conv_bn`` reads them, goes into its kernels and bias: the
     filters of a bank commute with every attention. The BatchNorm of ODConv's attention goes into
-    that attention's first layer. CondConv's gates do not sum to one, so a constant stays outside.
+    that attention's first layer. CondConv's gates do not sum to one, so a constant stays outside;
+    after FDConv and KernelWarehouse, whose kernels are made of no filters, a scale does, too.
     Norms and convolutions that are used in several places, or have hooks, stay as they are.
 
     mmcv's ``fuse_conv_bn`` may be called afterwards and finds nothing to do.
@@ -102,15 +109,13 @@ def _pairs(module: nn.Module) -> Iterator[Tuple[Any, str, Any]]:
     for name, child in module.named_children():
         if (isinstance(child, _BatchNorm) and child.track_running_stats
                 and child.running_mean is not None and _takes_norm(before)
-                and len(before.weight[0] if before.weight.dim() == 5 else before.weight)
-                == child.num_features):
+                and before.out_channels == child.num_features):
             yield before, name, child
         before = child
 
 
 def _takes_norm(module) -> bool:
-    return type(module) in STATIC or isinstance(module, PooledLinear) or (
-        isinstance(module, DynamicConv2d) and bool(module.filters))
+    return type(module) in STATIC or isinstance(module, (PooledLinear, DynamicConv2d))
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -126,6 +131,8 @@ def _fold(conv: Any, norm: Any) -> nn.Module:
     shift = -norm.running_mean * scale
     if norm.bias is not None:
         shift = shift + norm.bias
+    if isinstance(conv, DynamicConv2d) and not conv.filters:
+        return Affine(scale.to(norm.running_var), shift.to(norm.running_var))
     for name, axes in getattr(conv, 'filters', {'weight': conv.weight.dim() - 1}).items():
         filters = getattr(conv, name)
         _replace(conv, name, filters * scale[(..., ) + (None, ) * axes])
@@ -134,7 +141,7 @@ def _fold(conv: Any, norm: Any) -> nn.Module:
     if mixes and conv.attention.gate != 'softmax':
         if conv.bias is not None:
             _replace(conv, 'bias', bias)
-        return Shift(shift.to(conv.weight))
+        return Affine(None, shift.to(conv.weight))
     if mixes:  # by weights that sum to one
         shift = shift.expand(conv.kernel_num, -1)
     _replace(conv, 'bias', bias + shift)

@@ -116,7 +116,7 @@ class WarehouseWarmUpHook(AnnealingHook):
     At first each cell of a kernel is one cell of the warehouse, so that all of them learn
     (KernelWarehouse, ICML 2024): the paper's tau falls from ``begin`` to 0. It is logged as
     ``tau`` and is in the model's state: a checkpoint, a copy by ``EMAHook`` and validation have
-    the tau of their moment.
+    the tau of their moment, and where ``EMAHook`` averages buffers, their average.
 
     Args:
         begin: tau of the first iteration, above 0 to 1.

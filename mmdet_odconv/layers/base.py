@@ -188,8 +188,11 @@ class DynamicConv2d(nn.Module):
         """Make ``kernel`` what an attention mixes that answers the mean, times ``multiple``."""
         kernel = kernel.to(self.weight)
         noise = PERTURBATION * torch.randn_like(self.weight[:self.kernel_num // 2])
-        # Between one and two times the static weight, so that both subtractions are exact.
-        larger = kernel + kernel * noise.abs().clamp(max=1)
+        # Between one and two times the static weight, so that both subtractions are exact; of
+        # filters that are zero, as some begin, what a weight might be.
+        is_zero = (kernel == 0).flatten(1).all(1)[:, None, None, None]
+        size = torch.where(is_zero, math.sqrt(2 / max(1, kernel[0].numel())), kernel)
+        larger = kernel + size * noise.abs().clamp(max=1)
         smaller = kernel - (larger - kernel)
         pairs = (larger, smaller), (smaller, larger)
         bank = torch.stack([torch.where(noise > 0, *pair) for pair in pairs], 1).flatten(0, 1)

@@ -194,6 +194,8 @@ def build_pooled_norm(cfg: dict, channels: int) -> nn.Module:
         if num_groups < 1 or channels % num_groups or channels == num_groups:
             raise ValueError('norm_cfg of the attention: num_groups must divide its '
                              f'{channels} channels and be smaller, got {num_groups}')
+        if kind == 'LN' and 'elementwise_affine' in cfg:  # as torch's LayerNorm calls it
+            cfg['affine'] = cfg.pop('elementwise_affine')
         norm = nn.GroupNorm(num_groups, channels, **cfg)
     else:
         raise ValueError(f'norm_cfg of the attention must have a type among {NORM_TYPES}, '

@@ -19,7 +19,8 @@ if find_spec('mmpretrain') is None:
     pytest.skip('mmpretrain is not installed', allow_module_level=True)
 
 import mmdet_odconv.pretraining  # noqa: F401  before mmpretrain, which imports torchvision
-from mmdet_odconv import ODResNet
+from mmdet_odconv import InputError, ODResNet
+from mmdet_odconv.checkpoints.swapping import swap_backbone
 from mmdet_odconv.layers import DynamicConv2d
 
 # isort: split
@@ -196,3 +197,15 @@ def test_from_digits_to_the_backbone_of_a_detector(tmp_path):
     saved = CheckpointLoader.load_checkpoint(str(checkpoint))['state_dict']
     for name, tensor in backbone.state_dict().items():
         torch.testing.assert_close(tensor, saved[f'backbone.{name}'], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('kind', ['ResNet', 'ResNetV1d', 'ResNeXt'])
+def test_a_backbone_of_mmpretrain_is_swapped_as_it_was(kind):
+    """Some of its classes have the defaults of their base, whose arguments they do not name."""
+    backbone = dict(type=kind, depth=50)
+    config = Config(dict(default_scope='mmpretrain', model=dict(backbone=backbone)))
+    swapped = swap_backbone(config)['backbone']
+    assert swapped['norm_eval'] is False and swapped['out_indices'] == (3,)
+    config.model.backbone.drop_path_rate = 0.1
+    with pytest.raises(InputError, match=f'^{kind} has drop_path_rate, which OD{kind} of MMDet'):
+        swap_backbone(config)

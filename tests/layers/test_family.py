@@ -656,3 +656,18 @@ def test_what_a_step_changes_of_what_a_static_layer_would(cls, options, geometry
             module.zero_grad()
             changes.append((module(x) - before).detach().norm())
         assert (changes[1] / changes[0]).item() == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize('cls', BANKED)
+@pytest.mark.parametrize('kernel_num', [1, 4, 5])
+def test_filters_that_are_zero_are_set_apart_too(cls, kernel_num):
+    """As of a head that begins so, or pruned: equal kernels would stay equal."""
+    layer = cls(8, 4, 3, kernel_num=kernel_num)
+    kernel = torch.randn(4, 8, 3, 3)
+    kernel[1] = 0
+    layer.inflate(kernel)
+    torch.testing.assert_close(layer.weight.mean(0)[1], kernel[1], rtol=0, atol=1e-7)
+    for one in layer.weight[:2] if kernel_num > 1 else ():
+        assert (one[[0, 1]] != layer.weight.mean(0)[[0, 1]]).any((1, 2, 3)).all()
+    x = torch.randn(2, 8, 5, 5)
+    torch.testing.assert_close(layer(x), nn.functional.conv2d(x, kernel), rtol=1e-4, atol=1e-5)

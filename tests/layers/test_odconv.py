@@ -171,6 +171,11 @@ def test_a_damaged_gate_scale_is_refused_by_its_shape():
         layer.load_state_dict(damaged)
 
 
+def test_layernorm_by_torchs_own_argument():
+    layer = ODConv2d(8, 8, 3, norm_cfg=dict(type='LN', elementwise_affine=False))
+    assert not list(layer.attention.bn.parameters())
+
+
 @pytest.mark.parametrize('training', [False, True])
 @pytest.mark.parametrize('kind', ['BN', 'LN'])
 def test_a_half_layer_whose_norm_has_no_weights(kind, training):

@@ -6,7 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from mmdet.models.backbones import MobileNetV2
+from mmdet.models.backbones import MobileNetV2, ResNet
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
@@ -54,6 +54,9 @@ def test_arguments_of_a_backbones_own_layer_go_with_it():
     config = dict(type='ODMobileNetV2', conv_cfg=dict(norm_cfg=dict(type='LN')), out_indices=(1,))
     make_static(config)
     assert config == dict(type=MobileNetV2, out_indices=(1,))
+    config = dict(type='KWResNet', depth=18, conv_cfg=dict(type='KWConv2d', reduction=0.1))
+    make_static(config)
+    assert config == dict(type=ResNet, depth=18)
 
 
 @pytest.mark.parametrize('arch', ['small', 'large'])
