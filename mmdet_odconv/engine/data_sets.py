@@ -224,8 +224,8 @@ def _read_voc(root: Path, paths: Iterable[Path]) -> list:
     images = []
     files: Dict[str, List[str]] = {}  # names by what is before the suffix
     for file in sorted((root / 'JPEGImages').rglob('*')):
-        name = file.relative_to(root / 'JPEGImages')
-        files.setdefault(name.with_suffix('').as_posix(), []).append(name.as_posix())
+        image = file.relative_to(root / 'JPEGImages')
+        files.setdefault(image.with_suffix('').as_posix(), []).append(image.as_posix())
     for path in paths:
         try:
             tree = ElementTree.parse(path).getroot()
