@@ -7,6 +7,7 @@ names or Roboflow's; or in Pascal VOC's, to which annotations in COCO format are
 found in it is said, and what looks wrong; data that cannot be trained on is refused.
 """
 import argparse
+import shlex
 from pathlib import Path
 
 from mmdet_odconv.engine.launch import errors_explained
@@ -35,7 +36,8 @@ def main():
         print(f'{len(made.classes)} classes, with boxes to learn from: {counts}')
         for warning in made.warnings:
             print(f'warning: {warning}.')
-        print(f'{args.out} was written. Train it:\n\n    mmdet_odconv train {args.out}\n')
+        print(f'{args.out} was written. Train it:\n\n'
+              f'    mmdet_odconv train {shlex.quote(str(args.out))}\n')
 
 
 if __name__ == '__main__':

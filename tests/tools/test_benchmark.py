@@ -128,6 +128,17 @@ def test_both_allocators_leave_a_result_each(benchmark, monkeypatch, tmp_path):
     assert kinds == ['default', 'settled']
 
 
+def test_a_backbone_that_mmdet_has_no_static_one_of(benchmark, monkeypatch):
+    command = ['benchmark.py', 'backbone']
+    monkeypatch.setattr('sys.argv', [*command, 'DyMobileNetV3', '--layer', 'DyConv2d', '--size',
+                                     '32', '32', '--batch', '1'])
+    case, = benchmark.cases(benchmark.parse_args())
+    assert case.inference('ours') > 0 and case.inference('static') > 0
+    monkeypatch.setattr('sys.argv', [*command, 'ODResnet'])
+    with pytest.raises(InputError, match='^ODResnet is no dynamic backbone: did you mean ODResNet'):
+        next(benchmark.cases(benchmark.parse_args()))
+
+
 def test_a_kernelwarehouse_of_any_size_and_no_other_layer_in_it(benchmark, monkeypatch, capsys):
     command = ['benchmark.py', 'backbone', 'KWResNet', '--depth', '18', '--size', '32', '32']
     parameters = []

@@ -48,6 +48,7 @@ from torch import nn
 
 from mmdet_odconv import layers
 from mmdet_odconv.errors import InputError
+from mmdet_odconv.names import nearest
 from mmdet_odconv.ops import force_plan
 from mmdet_odconv.ops.machine import describe as describe_machine
 
@@ -224,9 +225,16 @@ def backbone_case(args, batch, kernel_num):
 
     from mmdet_odconv import backbones
     name, is_resnet = args.target, 'ResN' in args.target
-    arguments = {'depth': args.depth} if is_resnet else {'widen_factor': args.widen_factor}
+    known = [other for other in backbones.__all__
+             if other[:2] in ('OD', 'Dy', 'KW') and other != 'DynamicBackbone']
+    if name not in known:
+        raise InputError(f'{name} is no dynamic backbone: '
+                         f'{nearest(name, known, "give one of " + ", ".join(known))}')
+    kind = name[len('OD'):]  # mmdet's, or ours where mmdet has none
+    arguments = {'depth': args.depth} if is_resnet else {} if kind == 'MobileNetV3' else {
+        'widen_factor': args.widen_factor}
     arguments['norm_eval'] = False
-    static = getattr(static_backbones, name[len('OD'):])(**arguments)
+    static = (getattr(static_backbones, kind, None) or getattr(backbones, kind))(**arguments)
     shares = name.startswith('KW')  # its layers share a warehouse, which no conv_cfg could say
     dynamic = getattr(backbones, name)(**arguments, **(
         args.layer_options if shares else {'conv_cfg': layer_config(args, kernel_num)}))
