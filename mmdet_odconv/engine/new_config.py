@@ -212,7 +212,8 @@ def _text(config: Config, base: str, data: Path, folders: Dict[str, Tuple[str, s
              f'model = {heads}']
     backbone = start.pop('backbone', None)
     if backbone:
-        lines.append(f"model['backbone'] = {_source(backbone)}")
+        arguments = (f'    {key}={_source(value)}' for key, value in backbone.items())
+        lines += ["model['backbone'] = dict(", ',\n'.join(arguments) + ')']
     for split, loader in LOADERS.items():
         annotations, images = folders.get(split, folders['val'])
         if split not in folders and config[loader] == config[LOADERS['val']]:

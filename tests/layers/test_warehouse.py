@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mmdet_odconv import InputError, fuse
+from mmdet_odconv.deployment.fusion import Affine
 from mmdet_odconv.layers import KWConv2d, WarehouseManager, set_temperature, set_warm_up
 
 
@@ -282,13 +283,13 @@ def test_traced_for_any_batch():
             torch.testing.assert_close(traced(x), both(x))
 
 
-def test_fusion_leaves_the_norm_behind_shared_cells():
+def test_fusion_leaves_constants_behind_shared_cells():
     first, second, manager = randomised(network((8, 8, 3, 1, 1), (8, 8, 1)))
     model = nn.Sequential(first, randomised(nn.BatchNorm2d(8)), second, manager).eval()
     x = torch.randn(2, 8, 6, 6)
     expected = model[:-1](x)
     fuse(model)
-    assert type(model[1]) is nn.BatchNorm2d
+    assert type(model[1]) is Affine
     torch.testing.assert_close(model[:-1](x), expected)
 
 

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -263,14 +263,22 @@ def test_equal_time_of_runs_that_were_timed_unlike(module, monkeypatch, capsys):
 
 
 def test_what_is_queued_when_it_is_interrupted_is_not_begun(module, monkeypatch, capsys):
-    begun, queued = [], threading.Event()
+    begun, queued, cancelled = [], threading.Event(), threading.Event()
+    shutdown = ThreadPoolExecutor.shutdown
+
+    def cancel_and_wait(pool, wait=True, *, cancel_futures=False):
+        shutdown(pool, wait=False, cancel_futures=cancel_futures)
+        cancelled.set()
+        shutdown(pool, wait=wait)
+
+    monkeypatch.setattr(ThreadPoolExecutor, 'shutdown', cancel_and_wait)
 
     def run_entry(entry, seed, iterations, stats, args):
         begun.append(seed)
         if seed == 0:
             queued.wait(10)
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        time.sleep(0.5)  # as a training that was interrupted, too, takes to end
+            cancelled.wait(10)  # as a training that was interrupted, too, takes time to end
         return {**record('static', seed), 'error': 'interrupted'}
 
     monkeypatch.setattr(module, 'run_entry', run_entry)
