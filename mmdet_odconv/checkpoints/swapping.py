@@ -98,8 +98,7 @@ def swap_backbone(config: Config, kernel_num: Optional[int] = None,
 
 def layer_config(layer: str, kernel_num: Optional[int] = None) -> dict:
     """``conv_cfg`` of a dynamic layer, its bank said; InputError if there is none such."""
-    # Of KernelWarehouse none is registered alone, since layers share its cells.
-    cls = KWConv2d if layer == KWConv2d.__name__ else MODELS.get(layer)
+    cls = _class_of(layer)
     if cls is None or not issubclass(cls, DynamicConv2d):
         known = sorted([KWConv2d.__name__, *(
             name for name, other in MODELS.module_dict.items()
@@ -114,6 +113,11 @@ def layer_config(layer: str, kernel_num: Optional[int] = None) -> dict:
     # Gates that begin at 1 leave a static kernel, and what an optimizer does to it, as it is.
     gates = dict(gate_scale=2) if 'gate_scale' in parameters else {}
     return dict(type=layer, kernel_num=bank.default if kernel_num is None else kernel_num, **gates)
+
+
+def _class_of(kind: str) -> Optional[type]:
+    # Of KernelWarehouse no layer is registered alone, since layers share its cells.
+    return KWConv2d if kind == KWConv2d.__name__ else MODELS.get(kind)
 
 
 def norm_of_few(layer: Any, conv_cfg: dict, batch_size: Optional[int]) -> Dict[str, Any]:
@@ -172,12 +176,13 @@ def _change_of(backbone: dict, conv_cfg: dict, batch_size: Optional[int]) -> Dic
     name = cls.__name__
     if name in SWAPS.values() or 'dynamic_convs' in vars(cls):
         raise InputError(f'{name} is dynamic already.')
-    parameter = _parameter(cls, 'conv_cfg')
+    parameters = _parameters(cls)
+    parameter = parameters.get('conv_cfg')
     static = backbone.get('conv_cfg', getattr(parameter, 'default', None))
     if isinstance(static, dict):
         raise InputError(f'{name} has conv_cfg={static["type"]} already.')
-    layer = KWConv2d if conv_cfg['type'] == KWConv2d.__name__ else MODELS.get(conv_cfg['type'])
-    norm_eval = backbone.get('norm_eval', getattr(_parameter(cls, 'norm_eval'), 'default', False))
+    layer = _class_of(conv_cfg['type'])
+    norm_eval = backbone.get('norm_eval', getattr(parameters.get('norm_eval'), 'default', False))
     norm = {} if norm_eval else norm_of_few(layer, conv_cfg, batch_size)
     if layer is KWConv2d:
         if name not in WAREHOUSE_SWAPS:
@@ -197,12 +202,8 @@ def _change_of(backbone: dict, conv_cfg: dict, batch_size: Optional[int]) -> Dic
     raise InputError(f'{name} takes no conv_cfg.')
 
 
-def _parameter(cls: type, name: str) -> Optional[inspect.Parameter]:
-    """Of a backbone or, as mmdet's leave what they share to their bases' signatures, of those."""
-    return _parameters(cls).get(name)
-
-
 def _parameters(cls: type) -> Dict[str, inspect.Parameter]:
+    """Of a backbone and, as many leave what they share to their bases' signatures, of those."""
     return {name: parameter for base in reversed(cls.__mro__) if '__init__' in vars(base)
             for name, parameter in inspect.signature(
                 base.__init__).parameters.items()}  # type: ignore[misc]
@@ -228,8 +229,7 @@ def make_static(config: dict) -> None:
 
     def bases(value):
         kind = value.get('type') if isinstance(value, dict) else None
-        if isinstance(kind, str):
-            kind = KWConv2d if kind == KWConv2d.__name__ else MODELS.get(kind)
+        kind = _class_of(kind) if isinstance(kind, str) else kind
         return kind.__mro__ if isinstance(kind, type) else ()
 
     if DynamicBackbone in bases(config):

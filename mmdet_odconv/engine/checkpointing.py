@@ -5,12 +5,7 @@ import os
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
-from mmengine.dist import (
-    all_gather_object,
-    broadcast_object_list,
-    get_rank,
-    is_main_process,
-)
+from mmengine.dist import all_gather_object, get_rank, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
@@ -18,6 +13,7 @@ from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 
 from ..checkpoints.files import writing
 from ..errors import InputError
+from .distributed import by_main_process
 from .divergence import DivergenceCheck
 from .lock import lock_directory, release_directory
 from .randomness import (
@@ -96,25 +92,14 @@ class SafeCheckpointHook(CheckpointHook):
 
     def _agreed(self, runner: Runner) -> Optional[str]:
         """The newest whole checkpoint that the first process finds, for all to resume from."""
-        found: List[Any] = [None, None]
-        if is_main_process():
-            try:
-                path, passed = newest_whole(Path(runner.work_dir), self._directory(runner),
-                                            self.filename_tmpl)
-            except InputError as error:
-                found = [None, str(error)]
-            else:
-                found = [None if path is None else str(path), None]
-                if passed:
-                    runner.logger.warning(f'Passed over {", ".join(passed)}.')
-        broadcast_object_list(found)
-        checkpoint, refusal = found
-        if refusal is not None:
-            raise InputError(refusal)
-        if checkpoint is not None and not Path(checkpoint).is_file():
-            raise InputError(f'{checkpoint}, from which the first process resumes, does not exist '
-                             f'for process {get_rank()}: give a --work-dir that all share.')
-        return checkpoint
+        path, passed = by_main_process(newest_whole, Path(runner.work_dir),
+                                       self._directory(runner), self.filename_tmpl)
+        if passed:
+            runner.logger.warning(f'Passed over {", ".join(passed)}.')
+        if path is not None and not path.is_file():
+            raise InputError(f'{path}, from which the first process resumes, does not exist for '
+                             f'process {get_rank()}: give a --work-dir that all share.')
+        return None if path is None else str(path)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         if not runner._resume:

@@ -15,11 +15,11 @@ from typing import Iterator, List, Optional, Tuple
 import numpy as np
 from mmcv.transforms import LoadImageFromFile
 from mmdet.datasets import CocoDataset
-from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.fileio import get_local_path
 from mmengine.logging import print_log
 
 from ..errors import InputError
+from .distributed import by_main_process
 
 IMAGE_KEYS = ('id', 'file_name', 'width', 'height')
 ANNOTATION_KEYS = ('id', 'image_id', 'category_id', 'bbox', 'area')
@@ -39,22 +39,21 @@ def check_data(dataset, strict: bool = True, trained: bool = True) -> None:
     Raises:
         InputError: in every process.
     """
-    said: List[Optional[str]] = [None]
-    if is_main_process():
-        try:
-            for part in unwrapped(dataset):
-                if trained:
-                    check_annotations(part)
-                    check_images(part)
-                elif reads_coco(part):
-                    check_order(part, _read(part))
-        except InputError as error:
-            said = [str(error)]
-    broadcast_object_list(said)
-    if said[0] is not None:
+
+    def check() -> None:
+        for part in unwrapped(dataset):
+            if trained:
+                check_annotations(part)
+                check_images(part)
+            elif reads_coco(part):
+                check_order(part, _read(part))
+
+    try:
+        by_main_process(check)
+    except InputError as error:
         if strict:
-            raise InputError(said[0])
-        print_log(said[0], logger='current', level=logging.WARNING)
+            raise
+        print_log(str(error), logger='current', level=logging.WARNING)
 
 
 def unwrapped(dataset) -> Iterator:

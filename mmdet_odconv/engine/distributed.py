@@ -1,10 +1,11 @@
 """Several processes: gradients sent in half the bytes, and CPUs where there is no GPU."""
 import os
-from typing import List
+from typing import Any, Callable, List
 
 import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -51,6 +52,21 @@ class GradientCompressionHook(Hook):
             raise InputError('GradientCompressionHook compresses what DistributedDataParallel '
                              f'sends, and the model is a {type(runner.model).__name__}: leave the '
                              'hook out, and set the reduction dtype of that wrapper instead.')
+
+
+def by_main_process(function: Callable, *args) -> Any:
+    """What ``function`` returns in the main process, for all; all raise its InputError."""
+    said: List[Any] = [None, None]
+    if is_main_process():
+        try:
+            said[0] = function(*args)
+        except InputError as error:
+            said[1] = str(error)
+    broadcast_object_list(said)
+    returned, refusal = said
+    if refusal is not None:
+        raise InputError(refusal)
+    return returned
 
 
 def prepare_cpu_processes(argv: List[str]) -> None:

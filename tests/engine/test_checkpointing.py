@@ -24,7 +24,7 @@ from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from torch import nn
 from torch.utils.data import Dataset
 
-from mmdet_odconv.engine import checkpointing
+from mmdet_odconv.engine import checkpointing, distributed
 from mmdet_odconv.engine.checkpointing import STATES, SafeCheckpointHook, WholeFileBackend
 from mmdet_odconv.engine.lock import lock_directory, release_directory
 from mmdet_odconv.engine.randomness import random_state, set_random_state
@@ -292,16 +292,17 @@ def test_a_remote_directory_is_left_to_mmengine(tmp_path):
 
 
 @pytest.mark.parametrize(('found', 'message'), [
-    (['{}/epoch_3.pth', None], 'does not exist for process 0: give a --work-dir that all share'),
+    (['epoch_3.pth', None], 'does not exist for process 0: give a --work-dir that all share'),
     ([None, 'None of the checkpoints is whole.'], '^None of the checkpoints is whole')])
 def test_all_processes_resume_as_the_first(tmp_path, monkeypatch, found, message):
     """In another process than the first, which sees another directory."""
-    monkeypatch.setattr(checkpointing, 'is_main_process', lambda: False)
+    for module in (checkpointing, distributed):
+        monkeypatch.setattr(module, 'is_main_process', lambda: False)
 
     def receive(value):
-        value[:] = [part and part.format(tmp_path) for part in found]
+        value[:] = [found[0] and (tmp_path / found[0], []), found[1]]
 
-    monkeypatch.setattr(checkpointing, 'broadcast_object_list', receive)
+    monkeypatch.setattr(distributed, 'broadcast_object_list', receive)
     runner = Mock(work_dir=str(tmp_path), _resume=True, _load_from=None, _has_loaded=False,
                   _train_loop=Mock(spec=BaseLoop))
     with pytest.raises(InputError, match=message):

@@ -199,7 +199,7 @@ def main():
                   *(f'{count / 1e9:.2f}' for count in (stats['madds'], *totals)))
     console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(table)
-    console.print(f'activations kept for backward: {stats["activations"] / 2**20:.0f} MB')
+    console.print(f'activations kept for backward: {stats["activations"] / 1e6:.0f} MB')
 
 
 if __name__ == '__main__':
