@@ -5,9 +5,10 @@ A plan is chosen by the time that it would take,
     seconds = flops / throughput + bytes / bandwidth + calls * overhead
 
 and none of the constants is written down from one machine: they are measured the first time that
-a device computes in a dtype, in about 0.2 s, and kept in the user's cache directory, so that
-later processes on the machine choose alike. What a CPU does beside other work is not kept, long
-after that work has ended: :data:`NOMINAL` stands for it, and the next process looks again.
+a device computes in a dtype, in less than 0.1 s (half a second where a CPU emulates the dtype), and
+kept in the user's cache directory, so that later processes on the machine choose alike. What a CPU
+does beside other work is not kept, long after that work has ended: :data:`NOMINAL` stands for it,
+and the next process looks again.
 ``MMDET_ODCONV_MACHINE`` in the environment says otherwise: ``nominal`` measures nothing and takes
 :data:`NOMINAL`; the name of a file has the constants read from it, or measured and written to it
 where it is not there yet.
@@ -32,7 +33,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 VARIABLE = 'MMDET_ODCONV_MACHINE'
 # What makes one processor compute like another: part of a measurement's name.
 INSTRUCTION_SETS = ('ATEN_CPU_CAPABILITY', 'MKL_ENABLE_INSTRUCTIONS', 'ONEDNN_MAX_CPU_ISA')
-TRIES, CALLS = 4, 10  # tiny calls, to be told apart from a clock's
+TRIES, LONGEST = 4, 0.08  # s, after which no other try begins
+CALLS = 10  # tiny ones, to be told apart from a clock's
 # Of a product's measured speed, what is counted on: blocks, transposed factors and odd sizes reach
 # less than one whole product. What convolves as a static layer does so wins where they are close.
 PRODUCT_SHARE = 0.8
@@ -166,18 +168,16 @@ def cpu_model() -> str:
 @_disable_current_modes()  # of whoever counts, records or traces the call that asked first
 def measure(device: torch.device, dtype: torch.dtype) -> Machine:
     """The constants of a device in a dtype, each from the quickest of a few interleaved tries."""
-    channels, size, batch = 256, 20, 2
-    # Of its own: a run that measures draws the numbers that one which does not would.
-    generator = torch.Generator(device).manual_seed(0)
+    channels, size, batch = 160, 20, 2
 
-    def rand(*shape: int, dtype=dtype) -> torch.Tensor:
-        return torch.rand(shape, generator=generator, device=device, dtype=dtype)
+    def ones(*shape: int, dtype=dtype) -> torch.Tensor:
+        return torch.ones(shape, device=device, dtype=dtype)
 
-    x = rand(batch, channels, size, size)
-    kernels = rand(batch, channels, channels, 3, 3)
-    patches = rand(batch, channels * 9, size * size)
-    large = rand(2**21, dtype=torch.float32).view(torch.uint8)
-    copy, tiny = torch.empty_like(large), rand(1, 1, 1, 1)
+    x = ones(batch, channels, size, size)
+    kernels = ones(batch, channels, channels, 3, 3)
+    patches = ones(batch, channels * 9, size * size)
+    large = ones(2**23, dtype=torch.uint8)
+    copy, tiny = torch.empty_like(large), ones(1, 1, 1, 1)
     grouped = x.view(1, -1, size, size), kernels.flatten(0, 1)
     work: Dict[str, Callable] = dict(
         convolution=lambda: F.conv2d(x[:1], kernels[0], padding=1),
@@ -187,7 +187,10 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
         bandwidth=lambda: copy.copy_(large),
         overhead=lambda: [F.conv2d(tiny, tiny) for _ in range(CALLS)])
     seconds = {name: float('inf') for name in work}
+    begun = _clock(device)
     for _ in range(TRIES):
+        if _clock(device) - begun > LONGEST:
+            break
         for name, call in work.items():
             start = _clock(device)
             with torch.autocast(device.type, enabled=False):  # whoever asked first may be in one

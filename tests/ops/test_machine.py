@@ -100,7 +100,7 @@ def test_a_file_that_lacks_the_machine_is_no_reason_to_measure(monkeypatch, tmp_
         torch.use_deterministic_algorithms(False)
 
 
-def test_measuring_is_in_the_dtype_asked_for_and_draws_from_no_generator_but_its_own(monkeypatch):
+def test_measuring_is_in_the_dtype_asked_for_and_draws_no_random_numbers(monkeypatch):
     dtypes, conv2d = set(), machines.F.conv2d
     monkeypatch.setattr(machines.F, 'conv2d', lambda *a, **k: (
         dtypes.add((output := conv2d(*a, **k)).dtype), output)[1])
