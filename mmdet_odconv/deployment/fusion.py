@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers.attention import PooledLinear
 from ..layers.base import DynamicConv2d
+from ..layers.odconv import ODAttention
 
 NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
 STATIC = (nn.Conv2d, EmptySafeConv2d)  # exactly: a subclass may change its weights on the way
@@ -51,8 +52,9 @@ def fuse(model: nn.Module) -> nn.Module:
     A BatchNorm registered right after a dynamic or static convolution, as in every block of
     MMDetection and as mmcv's ``fuse_conv_bn`` reads them, goes into its kernels and bias: the
     filters of a bank commute with every attention. The BatchNorm of ODConv's attention goes into
-    that attention's first layer. CondConv's gates do not sum to one, so a constant stays outside;
-    after FDConv and KernelWarehouse, whose kernels are made of no filters, a scale does, too.
+    that attention's first layer, and its heads become one layer. CondConv's gates do not sum to
+    one, so a constant stays outside; after FDConv and KernelWarehouse, whose kernels are made of no
+    filters, a scale does, too.
     Norms and convolutions that are used in several places, or have hooks, stay as they are.
 
     mmcv's ``fuse_conv_bn`` may be called afterwards and finds nothing to do.
@@ -79,6 +81,9 @@ def fuse(model: nn.Module) -> nn.Module:
         for conv, name, norm in list(_pairs(module)):
             if uses[conv] == uses[norm] == 1 and not (_hooked(conv) or _hooked(norm)):
                 module._modules[name] = _fold(conv, norm).eval()
+    for module in model.modules():
+        if isinstance(module, ODAttention):
+            module.join_heads()
     return model
 
 

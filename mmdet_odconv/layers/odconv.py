@@ -5,7 +5,7 @@ https://openreview.net/forum?id=DmpCfq6Mg39
 import functools
 import math
 import warnings
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -98,6 +98,9 @@ class ODAttention(Attention):
     attention that could only repeat another is absent: the kernel's with a bank of one, the
     spatial of a 1x1 kernel, the filter's of a depthwise layer. The weights of all heads are read
     at once; hooks on a head do not run.
+
+    Attributes:
+        widths: by name of an attention, how many logits its head gives; in the heads' order.
     """
 
     scale: Tensor
@@ -114,11 +117,15 @@ class ODAttention(Attention):
         depthwise = groups == in_channels == out_channels
         self.fc = PooledLinear(in_channels, hidden, bias=False)
         self.bn = build_pooled_norm(norm_cfg or dict(type='BN'), hidden)
-        self.channel_fc = PooledLinear(hidden, in_channels)
+        self.channel_fc: Optional[PooledLinear] = PooledLinear(hidden, in_channels)
         self.filter_fc = None if depthwise else PooledLinear(hidden, out_channels)
         kernel_area = math.prod(kernel_size)
         self.spatial_fc = PooledLinear(hidden, kernel_area) if kernel_area > 1 else None
         self.kernel_fc = PooledLinear(hidden, kernel_num) if kernel_num > 1 else None
+        self.joined_fc: Optional[PooledLinear] = None  # of join_heads
+        heads = dict(channel_attention=self.channel_fc, filter_attention=self.filter_fc,
+                     spatial_attention=self.spatial_fc, kernel_attention=self.kernel_fc)
+        self.widths = {name: fc.out_channels for name, fc in heads.items() if fc is not None}
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -127,37 +134,56 @@ class ODAttention(Attention):
 
     def reset_to_constant(self) -> float:
         """Answer every input alike: kernels equally, gates halfway; return the product of gates."""
-        gates = [fc for fc in (self.channel_fc, self.filter_fc, self.spatial_fc) if fc is not None]
-        for fc in gates if self.kernel_fc is None else (*gates, self.kernel_fc):
+        for fc in self.heads():
             fc.reset_to_zero()
-        return (self.gate_scale / 2)**len(gates)
+        return (self.gate_scale / 2)**len(self.widths.keys() - {'kernel_attention'})
+
+    def heads(self) -> List[PooledLinear]:
+        """The layers that give logits, in the order of ``widths``."""
+        return [fc for fc in (self.channel_fc, self.filter_fc, self.spatial_fc, self.kernel_fc,
+                              self.joined_fc) if fc is not None]
+
+    def join_heads(self) -> None:
+        """Put one layer in the place of all heads, which forward then need not put together."""
+        heads = self.heads()
+        if len(heads) == 1:
+            return
+        joined = PooledLinear(self.fc.out_channels, sum(self.widths.values()), device='meta')
+        for name in ('weight', 'bias'):
+            parts = [getattr(fc, name).detach() for fc in heads]
+            setattr(joined, name, nn.Parameter(torch.cat(parts), heads[0].weight.requires_grad))
+        self.channel_fc = self.filter_fc = self.spatial_fc = self.kernel_fc = None
+        self.joined_fc = joined.train(self.training)
 
     def forward(self, average: Tensor, temperature: float) -> Dict[str, Tensor]:
         """Attentions of maps with this average, (B, Cin), as arguments of ``dynamic_conv2d``."""
-        logits, widths = self.logits(average, temperature)
+        logits = self.logits(average, temperature)
         gates = logits.sigmoid()
         if self.gate_scale != 1:
             gates = gates * self.gate_scale
-        attentions = dict(zip(widths, gates.split(list(widths.values()), 1)))
-        if self.spatial_fc is not None:
+        attentions = self.by_name(gates)
+        if 'spatial_attention' in attentions:
             spatial = attentions['spatial_attention']
             attentions['spatial_attention'] = spatial.reshape(-1, *self.kernel_size)
-        if self.kernel_fc is not None:
-            attentions['kernel_attention'] = logits[:, -self.kernel_fc.out_channels:].softmax(1)
+        if 'kernel_attention' in attentions:
+            width = self.widths['kernel_attention']
+            attentions['kernel_attention'] = logits[:, -width:].softmax(1)
         return attentions
 
-    def logits(self, average: Tensor, temperature: float) -> Tuple[Tensor, Dict[str, int]]:
-        """Logits of all heads side by side, (B, sum of widths), and each head's width by name."""
+    def by_name(self, logits: Tensor) -> Dict[str, Tensor]:
+        """Parts of what all heads gave, (B, sum of widths), by name of attention."""
+        return dict(zip(self.widths, logits.split(list(self.widths.values()), 1)))
+
+    def logits(self, average: Tensor, temperature: float) -> Tensor:
+        """Logits of all heads side by side, (B, sum of widths)."""
         hidden = self.activate(normalise_pooled(self.bn, self.fc(average)))
-        heads = {name: fc for name, fc in (
-            ('channel_attention', self.channel_fc), ('filter_attention', self.filter_fc),
-            ('spatial_attention', self.spatial_fc), ('kernel_attention', self.kernel_fc))
-            if fc is not None}
         # One product for all heads, and one sigmoid: on maps this small a launch is what costs.
-        weights, biases = zip(*((fc.weight, fc.bias) for fc in heads.values()))
-        logits = linear(hidden, torch.cat(weights), torch.cat(biases))
-        return (logits if temperature == 1 else logits / temperature,
-                dict(zip(heads, map(len, biases))))
+        weights, biases = zip(*((fc.weight, fc.bias) for fc in self.heads()))
+        if len(weights) == 1:
+            logits = linear(hidden, weights[0], biases[0])
+        else:
+            logits = linear(hidden, torch.cat(weights), torch.cat(biases))
+        return logits if temperature == 1 else logits / temperature
 
     def activate(self, hidden: Tensor) -> Tensor:
         """The hidden layer's activation."""
@@ -173,7 +199,6 @@ def build_pooled_norm(cfg: dict, channels: int) -> nn.Module:
     Raises:
         ValueError: for another type, or for what leaves one value to normalise.
     """
-    norm: nn.Module
     if not isinstance(cfg, dict):
         raise ValueError(f"norm_cfg of the attention must be a dict such as dict(type='LN'), got "
                          f'{cfg!r}')
@@ -185,7 +210,8 @@ def build_pooled_norm(cfg: dict, channels: int) -> nn.Module:
             raise ValueError('norm_cfg of the attention: without running averages it has nothing '
                              'to normalise one image by, got track_running_stats=False: leave it '
                              'out')
-        norm = (nn.BatchNorm2d if kind == 'BN' else nn.SyncBatchNorm)(channels, **cfg)
+        cls: Any = nn.BatchNorm2d if kind == 'BN' else nn.SyncBatchNorm
+        sizes: Tuple[int, ...] = (channels, )
     elif kind in ('GN', 'LN'):
         num_groups = cfg.pop('num_groups', 1 if kind == 'LN' else math.gcd(channels, 4))
         if kind == 'LN' and num_groups != 1:
@@ -196,10 +222,14 @@ def build_pooled_norm(cfg: dict, channels: int) -> nn.Module:
                              f'{channels} channels and be smaller, got {num_groups}')
         if kind == 'LN' and 'elementwise_affine' in cfg:  # as torch's LayerNorm calls it
             cfg['affine'] = cfg.pop('elementwise_affine')
-        norm = nn.GroupNorm(num_groups, channels, **cfg)
+        cls, sizes = nn.GroupNorm, (num_groups, channels)
     else:
         raise ValueError(f'norm_cfg of the attention must have a type among {NORM_TYPES}, '
                          f'got {kind!r}')
+    try:
+        norm: nn.Module = cls(*sizes, **cfg)
+    except TypeError as error:  # an argument that torch's does not have
+        raise ValueError(f'norm_cfg of the attention: {error}') from error
     return norm.requires_grad_(requires_grad)
 
 

@@ -24,6 +24,7 @@ from mmdet_odconv import (
     ODResNet,
     fuse,
 )
+from mmdet_odconv.layers.odconv import ODAttention
 
 LAYERS = (ODConv2d, DyConv2d, CondConv2d, DCDConv2d, FDConv2d)
 
@@ -41,6 +42,8 @@ def test_every_layer(cls, arguments):
     x = torch.randn(3, 8, 7, 9, dtype=torch.float64)
     expected = model(x)
     assert fuse(model) is model and not norms(model)
+    if isinstance(model[0].attention, ODAttention):
+        assert len(model[0].attention.heads()) == 1
     torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(fuse(model)(x), expected, rtol=1e-12, atol=1e-12)
 
@@ -130,10 +133,12 @@ def test_a_head_that_shares_convolutions_between_levels():
 def test_the_test_command_fuses_a_copy(tmp_path, monkeypatch):
     """Of a user's config that inherits from one of the plugin's."""
     digits.make(tmp_path)
-    (tmp_path / 'mine.py').write_text(f"_base_ = 'mmdet_odconv::quickstart/{digits.CONFIG}'")
+    (tmp_path / 'mine.py').write_text(f"_base_ = 'mmdet_odconv::quickstart/{digits.CONFIG}'\n"
+                                      'resume = True\n')  # as a run's own copy of its config has
     seen = []
 
     def evaluate(loop):
+        assert not loop.runner._resume
         loop.runner.call_hook('before_test_epoch')
         seen.append(len(norms(loop.runner.model)))
         loop.runner.call_hook('after_test_epoch', metrics={})

@@ -67,6 +67,7 @@ def test_absent_attentions_have_no_parameters():
 
 @pytest.mark.parametrize(('arguments', 'message'), [
     (dict(norm_cfg=dict(type='IN')), "must have a type among .* got 'IN'"),
+    (dict(norm_cfg=dict(type='GN', groups=4)), "norm_cfg of the attention: .* argument 'groups'"),
     (dict(norm_cfg=dict(type='GN', num_groups=16)), 'divide its 16 channels and be smaller'),
 ])
 def test_bad_norms(arguments, message):
