@@ -54,7 +54,8 @@ def check_contents(checkpoint: dict, filename: str, on_meta: bool = False) -> No
             print_log(f'The config in {filename} ({path}) was left out, because it {reason}; '
                       'where it is needed, give the config itself.', logger='current',
                       level=logging.WARNING)
-    forget_paths(checkpoint, '' if '://' in filename else os.path.dirname(filename) or '.')
+    directory = '' if '://' in filename else os.path.dirname(filename) or '.'
+    forget_paths(checkpoint, directory, is_own=True)
 
 
 def _holder(checkpoint: dict, path: str) -> Tuple[Optional[dict], str]:
@@ -98,12 +99,13 @@ def _check_tensors(checkpoint: dict, filename: str, on_meta: bool) -> None:
                              'a tensor was expected: save model.state_dict().')
 
 
-def forget_paths(checkpoint: dict, directory: str) -> None:
+def forget_paths(checkpoint: dict, directory: str, is_own: bool) -> None:
     """Take from ``checkpoint`` files that MMEngine would remove, unless it wrote them there.
 
     Args:
         checkpoint: changed in place: ``best_ckpt`` and ``keep_ckpt_ids`` of the message hub.
         directory: where files called ``best_*`` are MMEngine's; '' for nowhere.
+        is_own: whether the checkpoint lies where its ``keep_ckpt_ids`` are looked for.
     """
     hub, _ = _holder(checkpoint, 'message_hub.runtime_info')
     info = {} if hub is None else hub['runtime_info']
@@ -116,8 +118,8 @@ def forget_paths(checkpoint: dict, directory: str) -> None:
                           f'{directory or "a directory of this run"}: it stays as it is.',
                           logger='current', level=logging.WARNING)
             del info[name]
-    if not _are_ints(info.get('keep_ckpt_ids', [])):
-        del info['keep_ckpt_ids']
+    if not (is_own and _are_ints(info.get('keep_ckpt_ids', []))):
+        info.pop('keep_ckpt_ids', None)
 
 
 def _are_ints(value) -> bool:

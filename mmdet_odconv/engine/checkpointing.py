@@ -11,6 +11,7 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 
+from ..checkpoints.contents import check_resumable, forget_paths
 from ..checkpoints.files import writing
 from ..errors import InputError
 from .distributed import by_main_process
@@ -19,11 +20,12 @@ from .lock import lock_directory, release_directory
 from .randomness import (
     RestoredAfter,
     random_state,
+    reseed_data,
     restart_workers,
     seed_workers_by_epoch,
     set_random_state,
 )
-from .resuming import newest_whole, no_space, pattern, step
+from .resuming import AUTO, newest_whole, no_space, pattern, step
 
 STATES = 'random_states'  # in a checkpoint: a list, one of random_state() per process
 REPLACED = 'replaces'  # in its meta: names of the checkpoints that are removed for it
@@ -54,10 +56,13 @@ class SafeCheckpointHook(CheckpointHook):
 
     - A checkpoint is whole or not there; ``last_checkpoint`` names it after that, and those that
       it replaces are removed last, and only from the directory of checkpoints.
-    - ``--resume`` without a file takes the newest that is whole, and says what it passed over.
+    - ``--resume`` without a file takes the newest that is whole, and says what it passed over;
+      where there is none, the run begins, from the config's ``load_from`` if there is one.
     - The states of random generators are saved and restored, validation leaves them as they were,
       and data workers are seeded anew each epoch: a run that was killed and resumed ends as the
       one that was not, bit for bit on CPU.
+    - Of a checkpoint that is resumed from, no word on which files to remove is taken but of those
+      that this run wrote.
     - A run that diverges stops before it saves.
     - The work directory is locked for one run at a time.
 
@@ -67,7 +72,8 @@ class SafeCheckpointHook(CheckpointHook):
         **kwargs: MMEngine's.
 
     Raises:
-        InputError: if another run has the work directory, or none of its checkpoints is whole.
+        InputError: if another run has the work directory, none of its checkpoints is whole, or the
+            one to resume from holds no run.
         DivergenceError: with iteration, learning rate and the first tensor that is not finite.
     """
 
@@ -80,15 +86,23 @@ class SafeCheckpointHook(CheckpointHook):
         self._states: Optional[List[Dict[str, Any]]] = None  # to save, or that were saved
         self._before_validation: Any = None  # a random_state()
         self._replaced: List[str] = []
+        self._seed: Optional[int] = None  # by which the data loader was made
 
     def before_run(self, runner: Runner) -> None:
         if not isinstance(runner._train_loop, BaseLoop):
             return
-        if is_main_process():
-            lock_directory(runner.work_dir)
-        if (self._is_local(runner) and runner._resume and runner._load_from is None
-                and not runner._has_loaded):  # elsewhere MMEngine finds the last
+        self._seed = runner.seed
+        by_main_process(lock_directory, runner.work_dir)
+        if runner._has_loaded or not runner._resume:
+            return
+        start = runner._load_from if runner._resume == AUTO else None
+        if runner._resume == AUTO:
+            runner._resume, runner._load_from = True, None
+        # Elsewhere than on a local disk MMEngine finds the last.
+        if self._is_local(runner) and runner._load_from is None:
             runner._load_from = self._agreed(runner)
+            if runner._load_from is None:
+                runner._resume, runner._load_from = False, start
 
     def _agreed(self, runner: Runner) -> Optional[str]:
         """The newest whole checkpoint that the first process finds, for all to resume from."""
@@ -96,18 +110,22 @@ class SafeCheckpointHook(CheckpointHook):
                                        self._directory(runner), self.filename_tmpl)
         if passed:
             runner.logger.warning(f'Passed over {", ".join(passed)}.')
-        if path is not None and not path.is_file():
+        found = all_gather_object(path is None or path.exists())
+        if not all(found):
             raise InputError(f'{path}, from which the first process resumes, does not exist for '
-                             f'process {get_rank()}: give a --work-dir that all share.')
+                             f'process {found.index(False)}: give a --work-dir that all share.')
         return None if path is None else str(path)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        if not runner._resume:
+        if not (runner._resume and isinstance(runner._train_loop, BaseLoop)):
             return
+        check_resumable(checkpoint)
         self._states = checkpoint.get(STATES)
-        source = Path(str(runner._load_from))
+        source, directory = Path(str(runner._load_from)), self._directory(runner)
+        is_own = source.parent.resolve() == directory.resolve()
+        forget_paths(checkpoint, str(directory), is_own)
         replaced = checkpoint.get('meta', {}).get(REPLACED, [])
-        if source.parent.resolve() == self._directory(runner).resolve():
+        if is_own:
             self._replaced = [name for name in map(str, replaced)
                               if Path(name).name == name != source.name
                               and step(Path(name), self.filename_tmpl) is not None]
@@ -120,6 +138,8 @@ class SafeCheckpointHook(CheckpointHook):
         if is_local and is_main_process():
             self._tidy()
         self.divergence.begin(runner.model)
+        if runner.seed != self._seed:  # the checkpoint's, which MMEngine gives to all but the data
+            reseed_data(runner)
         if not isinstance(runner.train_loop, IterBasedTrainLoop):
             seed_workers_by_epoch(runner.train_dataloader, get_rank())
         if runner.iter:

@@ -1,6 +1,6 @@
 """Several processes: gradients sent in half the bytes, and CPUs where there is no GPU."""
 import os
-from typing import Any, Callable, List
+from typing import Any, Callable, List, Optional
 
 import torch.distributed as dist
 from mmengine.config import Config
@@ -95,14 +95,24 @@ def prepare_cpu_processes(argv: List[str]) -> None:
         raise InputError('--launcher pytorch is for processes that torchrun starts: torchrun '
                          '--nproc-per-node 2 tools/train.py CONFIG --launcher pytorch, or mim '
                          'train mmdet_odconv CONFIG --launcher pytorch --gpus 2.')
+    path = config_path(argv)
+    if path is None:
+        return  # mmdet's own usage says what is missing
     dist.init_process_group('gloo')
-    config = Config.fromfile(next(arg for arg in argv[1:] if arg.endswith('.py')))
+    config = Config.fromfile(path)
     if config.get('model_wrapper_cfg') is not None:
         return
     add_cfg_options(argv, [
         'model_wrapper_cfg.device_ids=None', 'model_wrapper_cfg.broadcast_buffers=False',
         'model_wrapper_cfg.find_unused_parameters='
         f'{config.get("find_unused_parameters", False)}'])
+
+
+def config_path(argv: List[str]) -> Optional[str]:
+    """The config among the arguments of mmdet's tools."""
+    return next((arg for arg in argv[1:]
+                 if arg.endswith(('.py', '.json', '.yaml', '.yml')) and not arg.startswith('-')),
+                None)
 
 
 def add_cfg_options(argv: List[str], options: List[str]) -> None:

@@ -1,24 +1,24 @@
 """Hooks: annealing of attention, and checks before hours are spent on a mistaken input."""
 import logging
 import math
-import os
 import re
 from typing import List, Optional
 
 from mmdet.datasets.samplers import MultiSourceSampler
 from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_world_size
-from mmengine.hooks import CheckpointHook, Hook
+from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
-from ..checkpoints.contents import check_resumable, forget_paths
+from ..checkpoints.contents import check_resumable
 from ..checkpoints.published import check_finite, few, strip_prefix
 from ..errors import InputError
 from ..layers import DynamicConv2d, set_temperature, set_warm_up
 from .data_check import check_data, unwrapped
+from .divergence import nonfinite_tensors
 
 
 class AnnealingHook(Hook):
@@ -47,16 +47,19 @@ class AnnealingHook(Hook):
         self.begin, self.end_epoch, self.by_epoch = begin, end_epoch, by_epoch
         self.end_iter = end_iter
 
-    def set_value(self, model: nn.Module, value: float) -> None:
+    def set_value(self, model: nn.Module, value: float) -> int:
+        """Set it; in how many modules."""
         raise NotImplementedError
 
     def before_train(self, runner: Runner) -> None:
-        self._anneal(runner)
+        if not self._anneal(runner):
+            print_log(f'{type(self).__name__} finds nothing in a {type(runner.model).__name__} to '
+                      f'change: it has no {self.name}.', logger='current', level=logging.WARNING)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         self._anneal(runner)  # also after validation
 
-    def _anneal(self, runner: Runner) -> None:
+    def _anneal(self, runner: Runner) -> int:
         loader = runner.train_dataloader
         length = len(loader)
         # The length of a sampler without an end is the whole data set's in each process.
@@ -66,8 +69,10 @@ class AnnealingHook(Hook):
         progress = (runner.iter / self.end_iter if self.end_iter is not None else
                     (int(epoch) if self.by_epoch else epoch) / self.end_epoch)
         value = self.begin + (self.end - self.begin) * min(1.0, progress)
-        self.set_value(runner.model, value)
-        runner.message_hub.update_scalar(f'train/{self.name}', value)
+        count = self.set_value(runner.model, value)
+        if count:
+            runner.message_hub.update_scalar(f'train/{self.name}', value)
+        return count
 
 
 @HOOKS.register_module()
@@ -100,8 +105,8 @@ class TemperatureAnnealingHook(AnnealingHook):
                              f'{begin} and {end_epoch}')
         super().__init__(begin, end_epoch, by_epoch, end_iter)
 
-    def set_value(self, model: nn.Module, value: float) -> None:
-        set_temperature(model, value)
+    def set_value(self, model: nn.Module, value: float) -> int:
+        return set_temperature(model, value)
 
     def before_val(self, runner: Runner) -> None:
         set_temperature(runner.model, self.end)
@@ -138,8 +143,8 @@ class WarehouseWarmUpHook(AnnealingHook):
                              f'{begin} and {end_epoch}')
         super().__init__(begin, end_epoch, by_epoch, end_iter)
 
-    def set_value(self, model: nn.Module, value: float) -> None:
-        set_warm_up(model, value)
+    def set_value(self, model: nn.Module, value: float) -> int:
+        return set_warm_up(model, value)
 
 
 @HOOKS.register_module()
@@ -182,7 +187,9 @@ class InputCheckHook(Hook):
         state = checkpoint.get('state_dict', checkpoint)
         state = strip_prefix(state, 'module.')
         model = getattr(runner.model, 'module', runner.model)
-        check_finite({name: state[name] for name, _ in model.named_parameters() if name in state})
+        by_design = set(nonfinite_tensors(model))  # a mask of -inf, say
+        check_finite({name: state[name] for name in model.state_dict()
+                      if name in state and name not in by_design})
         mismatched: List[str] = []
         try:
             missing = model.load_state_dict(state, strict=False).missing_keys
@@ -193,8 +200,7 @@ class InputCheckHook(Hook):
             missing = [name for name in model.state_dict() if name not in state]
         training = isinstance(runner._train_loop, BaseLoop)
         if training and runner._resume:
-            check_resumable(checkpoint)
-        forget_paths(checkpoint, _saved_in(runner))
+            check_resumable(checkpoint)  # where no CheckpointHook does
         if training and not runner._resume:
             # Fine-tuning may replace a head; a file of which nothing fits is a mistake. Counters
             # are never missing: torch makes those that a file lacks.
@@ -243,14 +249,6 @@ class InputCheckHook(Hook):
                 raise InputError(
                     f'{name} has num_classes={num_classes} but {datasets[expected]} has '
                     f'{expected} classes: set num_classes={expected} in the config.')
-
-
-def _saved_in(runner: Runner) -> str:
-    """Directory of the run's checkpoints, which CheckpointHook sets only as training begins."""
-    out_dirs = [hook.out_dir for hook in runner.hooks
-                if isinstance(hook, CheckpointHook) and hook.out_dir is not None]
-    name = os.path.basename(runner.work_dir.rstrip(os.sep))
-    return os.path.join(out_dirs[0], name) if out_dirs else runner.work_dir
 
 
 def _check_decay(runner: Runner) -> None:

@@ -15,14 +15,15 @@ from typing import Any, Dict, Iterator, Optional
 import mmdet
 from mmcv.transforms import LoadImageFromFile
 from mmdet.datasets import CocoDataset
+from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.registry import HOOKS, MODELS
 
 from ..errors import DivergenceError, InputError
 from ..names import find_config, nearest
 from .data_check import check_annotations, unreadable
-from .distributed import prepare_cpu_processes
-from .resuming import interruption, no_space
+from .distributed import add_cfg_options, config_path, prepare_cpu_processes
+from .resuming import AUTO, interruption, no_space
 
 # What reading another JSON, or none, as COCO raises.
 NOT_COCO = (AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
@@ -46,6 +47,8 @@ def run_mmdet_tool(name: str) -> None:
             raise InputError(f"mmdet's {name} was found neither in {Path(mmdet.__file__).parent} "
                              'nor beside it: install mmdet from a wheel or a whole checkout.')
         _resolve_config(sys.argv)
+        if name == 'train.py':
+            _resume_by_hook(sys.argv)
         prepare_cpu_processes(sys.argv)
         runpy.run_path(str(script), run_name='__main__')
 
@@ -57,7 +60,9 @@ def errors_explained() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if is_main_process():
-            print(interruption(resumes='--resume' in sys.argv), file=sys.stderr)
+            again = ('again' if f'resume={AUTO}' in sys.argv else 'again with --resume alone'
+                     if '--resume' in sys.argv else 'again with --resume')
+            print(interruption(again), file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         sentence = explain(error)
@@ -72,6 +77,21 @@ def _resolve_config(argv) -> None:
         if arg.endswith('.py') and not arg.startswith('-'):
             if not os.path.exists(arg):
                 argv[i] = str(find_config(arg))
+            return
+
+
+def _resume_by_hook(argv) -> None:
+    """Put a setting in the place of --resume without a file, by which mmdet forgets load_from.
+
+    SafeCheckpointHook reads it, which MMEngine's FlexibleRunner asks too late.
+    """
+    path = config_path(argv)
+    for i, arg in enumerate(argv):
+        following = argv[i + 1] if i + 1 < len(argv) else '-'
+        if arg == '--resume' and (following == AUTO or following.startswith('-')):
+            if path is not None and 'runner_type' not in Config.fromfile(path):
+                del argv[i:i + (2 if following == AUTO else 1)]
+                add_cfg_options(argv, [f'resume={AUTO}'])
             return
 
 

@@ -5,6 +5,7 @@ from typing import Any, Callable, Dict, Iterator, Optional
 
 import numpy as np
 import torch
+from mmengine.runner import IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader, get_worker_info
 
 
@@ -30,6 +31,29 @@ def set_random_state(state: Dict[str, Any]) -> None:
     torch.set_rng_state(state['torch'].cpu())
     if state['cuda'] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state['cuda'].cpu())
+
+
+def reseed_data(runner: Runner) -> None:
+    """Make the loader of training data again, by the runner's seed of now, of the same data set."""
+    loop, config = runner.train_loop, runner._train_dataloader
+    if not isinstance(config, dict):
+        return  # a loader of the user's own
+    config = dict(config, dataset=_NotCopied(loop.dataloader.dataset))
+    config.pop('num_batch_per_epoch', None)  # by which the data set has been cut already
+    loop.dataloader = runner.build_dataloader(
+        config, runner.seed, runner._randomness_cfg.get('diff_rank_seed', False))
+    if isinstance(loop, IterBasedTrainLoop):
+        loop.dataloader_iterator = type(loop.dataloader_iterator)(loop.dataloader)
+
+
+class _NotCopied:
+    """Of which ``copy.deepcopy`` makes ``value`` itself."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        return self.value
 
 
 def seed_workers_by_epoch(dataloader: DataLoader, rank: int) -> None:

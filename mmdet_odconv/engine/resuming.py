@@ -9,6 +9,7 @@ from mmengine.logging import MessageHub
 from ..errors import InputError
 
 POINTER = 'last_checkpoint'
+AUTO = 'auto'  # a config's ``resume`` that leaves its ``load_from`` for a run that has not begun
 
 
 def newest_whole(work_dir: Path, out_dir: Path,
@@ -90,17 +91,18 @@ def no_space(writing: str) -> str:
             'which continues from the last whole checkpoint.')
 
 
-def interruption(resumes: bool) -> str:
+def interruption(again: str) -> str:
     """What to say when training is interrupted by the keyboard: where it was, and what to do.
 
     Args:
-        resumes: whether the command that was interrupted resumes.
+        again: how the same command is to be run to resume, 'again' or more.
     """
     info = MessageHub.get_current_instance().runtime_info
     if 'max_iters' not in info:
         return 'interrupted before any iteration; run the same command again.'
-    saved = f'from {info["last_ckpt"]}' if info.get('last_ckpt') else (
-        'from the beginning, as nothing was saved yet')
-    again = 'again' if resumes else 'again with --resume'
+    last = info.get('last_ckpt')  # which MMEngine names before it is written
+    saved = ('from the beginning, as nothing was saved yet' if not last else
+             f'from {last}' if '://' in str(last) or Path(last).exists() else
+             'from the newest checkpoint, if one was saved')
     return (f'interrupted at iteration {info["iter"] + 1} of {info["max_iters"]}; run the same '
             f'command {again} to resume {saved}.')

@@ -55,6 +55,7 @@ class DynamicConv2d(nn.Module):
     bank_name = 'weight'  # of the parameter that kernels are made from
     mixes_bias = False
     filters = {'weight': 3}  # parameters with an axis of Cout, and how many axes come after it
+    has_temperature = True  # which the attention's logits are divided by
     takes_static = False  # whether a static kernel in a state dict is inflated, or refused
 
     def __init__(self,
@@ -341,8 +342,14 @@ def placed(module: Module, device, dtype) -> Module:
     return module if is_there else module.to(device=device, dtype=dtype)
 
 
-def set_temperature(model: nn.Module, value: float) -> None:
-    """Set the temperature of every dynamic convolution in ``model``; ValueError if <= 0."""
-    for module in model.modules():
-        if isinstance(module, DynamicConv2d):
-            module.temperature = value
+def set_temperature(model: nn.Module, value: float) -> int:
+    """Set the temperature of every dynamic convolution in ``model``; ValueError if <= 0.
+
+    Returns:
+        How many have one.
+    """
+    layers = [module for module in model.modules()
+              if isinstance(module, DynamicConv2d) and module.has_temperature]
+    for layer in layers:
+        layer.temperature = value
+    return len(layers)

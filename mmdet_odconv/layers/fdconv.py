@@ -152,7 +152,10 @@ class FDConv2d(DynamicConv2d):
         if self.KSM_Local is not None:
             gates['local_weight'] = self.KSM_Local.conv.weight.flatten(1)
         scale = self.half_width * self.kernel_num  # of which the attention divides by the latter
-        kernels = fourier_kernels(self.dft_weight[0], self.frequency_groups, self.kernel_shape,
+        spectrum = self.dft_weight[0]
+        # Of a replica of nn.DataParallel's the groups are on the first device.
+        frequency_groups = self.frequency_groups.to(spectrum.device)
+        kernels = fourier_kernels(spectrum, frequency_groups, self.kernel_shape,
                                   kernel_attention * scale, self.groups, **gates).to(x.dtype)
         return convolve_images(x, kernels, self.stride, padding, self.dilation, self.groups,
                                self.bias)
@@ -199,9 +202,8 @@ class FDAttention(ODAttention):
     def reset_parameters(self) -> None:
         """All gates near 1, the filters' too, which the release means to and does not."""
         super().reset_parameters()
-        for fc in (self.channel_fc, self.filter_fc, self.spatial_fc, self.kernel_fc):
-            if fc is not None:
-                nn.init.normal_(fc.weight, std=NEAR_ZERO)
+        for fc in self.heads():
+            nn.init.normal_(fc.weight, std=NEAR_ZERO)
 
     def reset_to_constant(self) -> float:
         """Answer every input alike, with gates of 1; return their product."""
@@ -213,8 +215,7 @@ class FDAttention(ODAttention):
 
     def forward(self, average: Tensor, temperature: float) -> Dict[str, Tensor]:
         """Arguments of ``fourier_kernels`` for maps with this average, (B, Cin)."""
-        logits, widths = self.logits(average, temperature)
-        found = dict(zip(widths, logits.split(list(widths.values()), 1)))
+        found = self.by_name(self.logits(average, temperature))
         a = found.pop('kernel_attention', None)
         a = average.new_ones(average.shape[0], 1) if a is None else a.sigmoid() * (2 / a.shape[1])
         gates = {name.replace('attention', 'logits'): value for name, value in found.items()}

@@ -49,7 +49,14 @@ class WarehouseManager(nn.Module):
             kernel_shapes: (Cout, Cin / groups, kh, kw) of each, in the order in which the layers
                 will be constructed.
             budget: b, a whole number or one over a whole number.
+
+        Raises:
+            ValueError: for another budget.
         """
+        if not budget > 0 or not any(math.isclose(share, round(share))
+                                     for share in (budget, 1 / budget)):
+            raise ValueError('budget must be a whole number or one over a whole number, got '
+                             f'{budget}')
         sides = [math.gcd(*(shape[axis] for shape in kernel_shapes)) for axis in (0, 1)]
         if budget < 1:
             sides = [side if side % 2 else side // 2 for side in sides]
@@ -158,6 +165,7 @@ class KWConv2d(DynamicConv2d):
 
     attention: 'CellAttention'
     filters = {}  # the cells, which other layers mix too, take no norm
+    has_temperature = False  # but the warehouse's tau
 
     def __init__(self,
                  in_channels: int,
@@ -178,7 +186,14 @@ class KWConv2d(DynamicConv2d):
                  norm_cfg: Optional[dict] = None) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
                          bias, padding_mode, device, dtype, kernel_num=1, init='he')
+        if not basis_ratio > 0:
+            raise ValueError(f'basis_ratio must be greater than 0, got {basis_ratio}')
         self.warehouse = warehouse
+        cell_shape = warehouse.cells.shape[1:3]
+        if any(size % side for size, side in zip(self.kernel_shape, cell_shape)):
+            raise ValueError(f'a kernel of shape {tuple(self.kernel_shape)} is not made of cells '
+                             f'of {tuple(cell_shape)}: give its shape to the warehouse when it is '
+                             'added')
         count = mixture_count(self.kernel_shape, warehouse.cells.shape[1:])
         self.own, beta = warehouse.assign(count)
         self._set_attention(CellAttention(in_channels, beta, self.own, reduction, basis_ratio,
@@ -326,14 +341,18 @@ class MatrixLinear(PooledLinear):
         self.weight = nn.Parameter(self.weight.detach().flatten(1))
 
 
-def set_warm_up(model: nn.Module, tau: float) -> None:
+def set_warm_up(model: nn.Module, tau: float) -> int:
     """Set how much of the mixtures of every warehouse in ``model`` is fixed: tau.
+
+    Returns:
+        How many managers of warehouses there are.
 
     Raises:
         ValueError: if it is not from 0 to 1.
     """
     if not 0 <= tau <= 1:
         raise ValueError(f'tau must be from 0 to 1, got {tau}')
-    for module in model.modules():
-        if isinstance(module, WarehouseManager):
-            module.tau.fill_(tau)
+    managers = [module for module in model.modules() if isinstance(module, WarehouseManager)]
+    for manager in managers:
+        manager.tau.fill_(tau)
+    return len(managers)

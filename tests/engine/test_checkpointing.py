@@ -1,4 +1,5 @@
 """Runs of a small model that are killed, resumed, interrupted and diverge."""
+import copy
 import inspect
 import os
 import random
@@ -28,7 +29,7 @@ from mmdet_odconv.engine import checkpointing, distributed
 from mmdet_odconv.engine.checkpointing import STATES, SafeCheckpointHook, WholeFileBackend
 from mmdet_odconv.engine.lock import lock_directory, release_directory
 from mmdet_odconv.engine.randomness import random_state, set_random_state
-from mmdet_odconv.engine.resuming import damage, interruption, newest_whole
+from mmdet_odconv.engine.resuming import AUTO, damage, interruption, newest_whole
 from mmdet_odconv.errors import DivergenceError, InputError
 
 
@@ -93,7 +94,7 @@ def kill(runner):
 
 
 def make_runner(work_dir, resume=False, by_epoch=True, workers=0, hooks=(), load_from=None,
-                lr=0.01, max_epochs=3, optimizer=None, **checkpoint):
+                lr=0.01, max_epochs=3, optimizer=None, seed=3, **checkpoint):
     loop = (dict(by_epoch=True, max_epochs=max_epochs, val_interval=1) if by_epoch else
             dict(by_epoch=False, max_iters=14, val_interval=5))
     data = dict(dataset=Noisy(), batch_size=2, num_workers=workers,
@@ -108,7 +109,7 @@ def make_runner(work_dir, resume=False, by_epoch=True, workers=0, hooks=(), load
         default_hooks=dict(checkpoint=dict(
             type='CheckpointHook', by_epoch=by_epoch, interval=1 if by_epoch else 4,
             **{'max_keep_ckpts': 1, **checkpoint})),
-        custom_hooks=list(hooks), resume=resume, load_from=load_from, randomness=dict(seed=3),
+        custom_hooks=list(hooks), resume=resume, load_from=load_from, randomness=dict(seed=seed),
         log_level='WARNING', experiment_name=f'{Path(work_dir).name}-{time.monotonic_ns()}'))
     return RUNNERS[-1]
 
@@ -175,6 +176,44 @@ def test_iterations_continue_in_the_middle_of_an_epochs_order(runs, workers, mon
     assert final(broken)[0].name == 'iter_8.pth'
     make_runner(broken, by_epoch=False, workers=workers, resume=True).train()
     assert_bit_equal(final(whole)[1], final(broken)[1])
+
+
+@pytest.mark.parametrize(('by_epoch', 'workers'), [(True, 0), (True, 2), (False, 0), (False, 2)])
+def test_a_run_that_was_given_no_seed_goes_on_with_its_own(runs, by_epoch, workers, monkeypatch):
+    monkeypatch.setattr('mmengine.runner.loops.time.sleep', lambda seconds: None)
+    whole, broken = runs
+    make_runner(whole, by_epoch=by_epoch, workers=workers).train()
+    killed(make_runner(broken, by_epoch=by_epoch, workers=workers, hooks=[At('iter', 10, kill)]))
+    runner = make_runner(broken, by_epoch=by_epoch, workers=workers, resume=True, seed=None)
+    assert runner.seed != 3
+    runner.train()
+    assert_bit_equal(final(whole)[1], final(broken)[1])
+
+
+def test_a_run_that_has_not_begun_begins_from_the_weights_of_its_config(tmp_path):
+    make_runner(tmp_path / 'first', max_epochs=1).train()
+    start, checkpoint = final(tmp_path / 'first')
+    seen = []
+
+    def see(runner):
+        seen.append((runner.iter, copy.deepcopy(runner.model.state_dict())))
+        raise Killed
+
+    work_dir = tmp_path / 'run'
+    killed(make_runner(work_dir, AUTO, load_from=str(start), hooks=[At('iter', 0, see)]))
+    assert seen[0][0] == 0
+    assert torch.equal(seen[0][1]['linear.weight'], checkpoint['state_dict']['linear.weight'])
+    killed(make_runner(work_dir, AUTO, load_from=str(start), hooks=[At('iter', 6, kill)]))
+    killed(make_runner(work_dir, AUTO, load_from=str(start), hooks=[At('iter', 4, see)]))
+    assert seen[1][0] == 4
+    assert torch.equal(seen[1][1]['linear.weight'],
+                       final(work_dir)[1]['state_dict']['linear.weight'])
+
+
+def test_weights_alone_are_no_run_to_resume(tmp_path):
+    torch.save(dict(state_dict=Small().state_dict()), tmp_path / 'weights.pth')
+    with pytest.raises(InputError, match=r'holds no run to resume, for want of meta\.epoch: give'):
+        make_runner(tmp_path / 'run', True, load_from=str(tmp_path / 'weights.pth')).train()
 
 
 @pytest.mark.skipif(
@@ -281,6 +320,18 @@ def test_nothing_outside_the_directory_is_removed(tmp_path):
     torch.save(checkpoint, path)
     make_runner(tmp_path / 'run', resume=True, save_best='mAP', rule='greater').train()
     assert (elsewhere / 'epoch_7.pth').exists()
+
+
+def test_another_runs_checkpoint_names_none_of_this_ones_files(tmp_path):
+    make_runner(tmp_path / 'other', max_keep_ckpts=3).train()
+    make_runner(tmp_path / 'run', max_epochs=2, max_keep_ckpts=3).train()
+    path, checkpoint = final(tmp_path / 'other')
+    assert checkpoint['message_hub']['runtime_info']['keep_ckpt_ids'] == [1, 2, 3]
+    runner = make_runner(tmp_path / 'run', resume=True, load_from=str(path), max_epochs=4,
+                         hooks=[At('iter', 12, kill)])
+    killed(runner)
+    assert {file.name for file in (tmp_path / 'run').glob('*.pth')} == {'epoch_1.pth',
+                                                                       'epoch_2.pth'}
 
 
 def test_a_remote_directory_is_left_to_mmengine(tmp_path):
@@ -495,17 +546,21 @@ def test_the_lock_dies_with_its_owner(tmp_path):
     os.killpg(int(pid), signal.SIGKILL)
 
 
-def test_an_interruption_in_one_line():
+def test_an_interruption_in_one_line(tmp_path):
     hub = MessageHub.get_instance('interrupted')
-    assert interruption(True) == ('interrupted before any iteration; run the same command again.')
+    assert interruption('again') == (
+        'interrupted before any iteration; run the same command again.')
     hub.update_info('iter', 11)
     hub.update_info('max_iters', 750)
-    assert interruption(False) == (
+    assert interruption('again with --resume') == (
         'interrupted at iteration 12 of 750; run the same command again with --resume to resume '
         'from the beginning, as nothing was saved yet.')
-    hub.update_info('last_ckpt', 'work/epoch_1.pth')
-    assert interruption(True).endswith(
-        '; run the same command again to resume from work/epoch_1.pth.')
+    hub.update_info('last_ckpt', str(tmp_path / 'epoch_1.pth'))  # and interrupted as it is written
+    assert interruption('again').endswith(
+        '; run the same command again to resume from the newest checkpoint, if one was saved.')
+    (tmp_path / 'epoch_1.pth').touch()
+    assert interruption('again').endswith(
+        f'; run the same command again to resume from {tmp_path}/epoch_1.pth.')
 
 
 def test_an_interrupted_run_exits_without_a_traceback(tmp_path):

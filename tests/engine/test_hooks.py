@@ -99,6 +99,20 @@ def test_iterations_in_place_of_epochs():
             hook(end_iter=0)
 
 
+@pytest.mark.parametrize(('hook', 'module', 'name'), [
+    (TemperatureAnnealingHook, WarehouseManager, 'temperature'),
+    (WarehouseWarmUpHook, lambda: ODConv2d(4, 4, 3), 'tau')])
+def test_a_hook_of_another_layer_says_that_it_does_nothing(hook, module, name, monkeypatch):
+    said = []
+    monkeypatch.setattr('mmdet_odconv.engine.hooks.print_log', lambda text, **_: said.append(text))
+    runner = FakeRunner()
+    runner.model = nn.Sequential(module())
+    runner.message_hub = MessageHub(f'test_hooks_{name}')
+    hook().before_train(runner)
+    assert said == [f'{hook.__name__} finds nothing in a Sequential to change: it has no {name}.']
+    assert not runner.message_hub.log_scalars
+
+
 @pytest.mark.parametrize('arguments', [dict(begin=0), dict(end_epoch=0), dict(begin=-1)])
 def test_bad_arguments(arguments):
     with pytest.raises(ValueError, match='begin and end_epoch must be greater than 0, got'):

@@ -10,13 +10,29 @@ from mmengine.registry import MODELS
 from mmengine.utils import mkdir_or_exist
 from torch import nn
 
-from mmdet_odconv.engine.launch import explain
+from mmdet_odconv.engine.launch import _resume_by_hook, explain
 
 
 def explained(error, function, *args, **kwargs):
     with pytest.raises(error) as caught:
         function(*args, **kwargs)
     return explain(caught.value)
+
+
+@pytest.mark.parametrize(('given', 'passed_on'), [
+    ('c.py --resume', 'c.py --cfg-options resume=auto'),
+    ('c.py --resume auto --amp', 'c.py --amp --cfg-options resume=auto'),
+    ('c.py --resume --cfg-options a=1', 'c.py --cfg-options resume=auto a=1'),
+    ('c.py --resume epoch_1.pth', 'c.py --resume epoch_1.pth'),
+    ('flexible.py --resume', 'flexible.py --resume'),  # its runner asks no hook what to resume
+    ('--resume', '--resume'), ('c.py', 'c.py')])
+def test_resuming_without_a_file(tmp_path, monkeypatch, given, passed_on):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'c.py').write_text("load_from = 'start.pth'")
+    (tmp_path / 'flexible.py').write_text("runner_type = 'FlexibleRunner'")
+    argv = ['train.py', *given.split()]
+    _resume_by_hook(argv)
+    assert argv[1:] == passed_on.split()
 
 
 def test_a_full_disk_elsewhere_removes_nothing():

@@ -177,10 +177,25 @@ def test_warm_up_is_in_the_state_and_files_without_it_are_of_trained_networks():
             set_warm_up(model, value)
 
 
+@pytest.mark.parametrize('budget', [0.3, 1.5, 0, -1, float('nan')])
+def test_a_budget_that_is_no_share(budget):
+    with pytest.raises(ValueError, match='budget must be a whole number or one over a whole'):
+        WarehouseManager().add([torch.Size((8, 8, 3, 3))], budget)
+
+
+def test_arguments_of_a_layer_that_its_warehouse_cannot_serve():
+    warehouse = WarehouseManager().add([torch.Size((8, 8, 3, 3))] * 2)
+    with pytest.raises(ValueError, match='basis_ratio must be greater than 0, got -1'):
+        KWConv2d(8, 8, 3, warehouse=warehouse, basis_ratio=-1)
+    with pytest.raises(ValueError, match=r'a kernel of shape \(12, 8, 3, 3\) is not made of cells '
+                                         r'of \(8, 8\): give its shape to the warehouse'):
+        KWConv2d(8, 12, 3, warehouse=warehouse)
+
+
 def test_the_temperature_of_the_other_layers_is_none_of_its():
     model, x = network((8, 8, 3)).eval(), torch.randn(2, 8, 5, 5)
     expected = model[0](x)
-    set_temperature(model, 30)
+    assert set_temperature(model, 30) == 0
     assert torch.equal(model[0](x), expected) and model[-1].tau == 0
 
 

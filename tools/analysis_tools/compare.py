@@ -156,9 +156,7 @@ def run(config, directory, threads=1, tested=False):
         partial = given.with_suffix('.tmp')
         partial.write_text(config.pretty_text, encoding='utf-8')
         partial.replace(given)
-        # mmdet's --resume forgets load_from, so it is for runs that have begun.
-        resume = ['--resume'] if last_checkpoint.is_file() else []
-        tool('train.py', given, '--work-dir', directory, *resume, log=log, threads=threads)
+        tool('train.py', given, '--work-dir', directory, '--resume', log=log, threads=threads)
         train, val = read_scalars(directory)
         if not val or max(val) < config.train_cfg.max_iters:
             return {'error': 'it was interrupted before its evaluation: remove '

@@ -258,6 +258,16 @@ def test_weights_of_which_none_fits(door):
         door('file.pth')
 
 
+@pytest.mark.parametrize('door', ['load_from', 'resume'], indirect=True)
+def test_statistics_that_are_not_finite(door):
+    content = with_text('a = 1', Toy().state_dict())
+    name = next(name for name in content['state_dict'] if name.endswith('running_var'))
+    content['state_dict'][name][0] = float('nan')
+    write(Path('file.pth'), content)
+    with pytest.raises(InputError, match=f'{name} of the checkpoint has 1 NaN or infinite values'):
+        door('file.pth')
+
+
 def test_values_that_are_not_all_there():
     huge = torch.ones(1).expand(2**20, 2**20)  # 4 TiB, of four bytes
     check_finite({'a': huge, 'b': torch.ones(2, 3).T, 'c': torch.ones(()), 'd': torch.ones(0, 2)})
