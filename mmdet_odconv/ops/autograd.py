@@ -1,7 +1,7 @@
 """Plans in autograd: what all their forward and backward passes share."""
 import functools
 from types import ModuleType
-from typing import Callable, Optional, Tuple
+from typing import Callable, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -52,7 +52,8 @@ class Planned(torch.autograd.Function):
     def backward(ctx, grad):
         needs = ctx.needs_input_grad[1:7]
         if torch.is_grad_enabled():
-            grads = _differentiable_gradients(ctx, grad, needs)
+            grads = differentiable_gradients(lambda *tensors: plain_conv2d(*tensors, *ctx.geometry),
+                                             ctx.saved_tensors[:6], needs, grad)
         else:
             *tensors, kept = ctx.saved_tensors
             saved = (*_as_taken(ctx.plan, *tensors), kept)
@@ -71,15 +72,22 @@ def _as_taken(plan: ModuleType, input: Tensor, weight: Tensor, *attentions: Opti
     return (input, weight, *in_dtype(input.dtype, *attentions))
 
 
-def _differentiable_gradients(ctx, grad: Tensor, needs) -> Tuple[Optional[Tensor], ...]:
-    """Gradients of the saved tensors, themselves differentiable: for create_graph=True."""
-    needed = [i for i, needs_grad in enumerate(needs) if needs_grad]
-    # Aliases: the attentions may depend on the input by a path that autograd also takes.
-    tensors = [None if t is None else t.view_as(t) for t in ctx.saved_tensors[:6]]
-    output = plain_conv2d(*tensors, *ctx.geometry)
-    grads = torch.autograd.grad(output, [tensors[i] for i in needed], grad, create_graph=True)
-    found = dict(zip(needed, grads))
-    return tuple(found.get(i) for i in range(6))
+def differentiable_gradients(function: Callable[..., Tensor], tensors: Sequence[Optional[Tensor]],
+                             needs: Sequence[bool], grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+    """Gradients of ``function(*tensors)``, themselves differentiable: for create_graph=True.
+
+    Args:
+        function: in operations that autograd sees through.
+        tensors: its arguments, as a Function's forward pass saved them.
+        needs: which of them need a gradient.
+        grad: of what ``function`` returns.
+    """
+    # Aliases: they may depend on one another by a path that autograd also takes.
+    tensors = [None if t is None else t.view_as(t) for t in tensors]
+    wanted = [tensor for tensor, needed in zip(tensors, needs) if needed]
+    found = iter(torch.autograd.grad(function(*tensors), wanted, grad, create_graph=True,
+                                     allow_unused=True))
+    return tuple(next(found) if needed else None for needed in needs)
 
 
 def plain_conv2d(input, weight, kernel_attention, spatial_attention, channel_attention,

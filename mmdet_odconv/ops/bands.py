@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import dynamic_conv
-from .autograd import as_in_forward, without_autocast
+from .autograd import as_in_forward, differentiable_gradients, without_autocast
 from .convolution import is_traced
 
 BAND_NUM = 3  # gates; what is below the last band passes as it is
@@ -81,11 +81,7 @@ class BandModulation(torch.autograd.Function):
     def backward(ctx, grad):
         input, gates = ctx.saved_tensors
         if torch.is_grad_enabled():
-            input, gates = input.view_as(input), gates.view_as(gates)
-            wanted = [t for t, needed in zip((input, gates), ctx.needs_input_grad) if needed]
-            found = iter(torch.autograd.grad(_modulate(input, gates), wanted, grad,
-                                             create_graph=True, allow_unused=True))
-            return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+            return differentiable_gradients(_modulate, (input, gates), ctx.needs_input_grad, grad)
         rows, columns = _all_waves(input)
         grad_input, grad_gates = torch.empty_like(input), torch.zeros_like(gates)
         for x, g, dy, dx, dg in zip(input, gates, grad, grad_input, grad_gates):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import dynamic_conv
-from .autograd import as_in_forward, without_autocast
+from .autograd import as_in_forward, differentiable_gradients, without_autocast
 from .convolution import is_traced
 from .kernels import ALL, BLOCK_BYTES, slices
 
@@ -146,9 +146,12 @@ class FourierKernels(torch.autograd.Function):
     @staticmethod
     @as_in_forward
     def backward(ctx, grad):
+        *tensors, frequency_groups, kernels = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return (*_differentiable_gradients(ctx, grad), None, None, None)
-        spectrum, a, c, f, s, u, w, frequency_groups, kernels = ctx.saved_tensors
+            return (*differentiable_gradients(
+                lambda *tensors: published_kernels(*tensors, frequency_groups, *ctx.geometry),
+                tensors, ctx.needs_input_grad[:7], grad), None, None, None)
+        spectrum, a, c, f, s, u, w = tensors
         kernel_shape, groups = ctx.geometry
         grad, kernels = (_in_planes(t, *ctx.geometry) for t in (grad, kernels))
         gates = _gates(a, c, f, s, *ctx.geometry)
@@ -187,18 +190,6 @@ class FourierKernels(torch.autograd.Function):
             grad_s = grad_column.sum((1, 2, 4)).view(s.shape) * (1 - s.sigmoid())
         return (grad_spectrum, grad_a, grad_c, grad_f, grad_s, *local.gradients(), None, None,
                 None)
-
-
-def _differentiable_gradients(ctx, grad):
-    """Gradients of the saved tensors, themselves differentiable: for create_graph=True."""
-    *tensors, frequency_groups, _ = ctx.saved_tensors
-    needed = [i for i, needs in enumerate(ctx.needs_input_grad[:7]) if needs]
-    # Aliases: the attentions may depend on one another by a path that autograd also takes.
-    tensors = [None if t is None else t.view_as(t) for t in tensors]
-    kernels = published_kernels(*tensors, frequency_groups, *ctx.geometry)
-    grads = torch.autograd.grad(kernels, [tensors[i] for i in needed], grad, create_graph=True)
-    found = dict(zip(needed, grads))
-    return tuple(found.get(i) for i in range(7))
 
 
 def _scale(a: Tensor, frequency_groups: Tensor) -> Tensor:
