@@ -22,10 +22,11 @@ def main():
     parser.add_argument('--score', type=float, default=0.3, help='from which a detection is drawn')
     parser.add_argument('--batch-size', type=int, default=1)
     parser.add_argument('--device', help="such as 'cpu'; a GPU if there is one")
+    parser.add_argument('--force', action='store_true', help='replace files that exist')
     args = parser.parse_args()
     with errors_explained():
         images = detect(args.inputs, args.config, args.weights, args.out, args.score,
-                        args.batch_size, args.device)
+                        args.batch_size, args.device, args.force)
         print(f'{images} images or frames: see {args.out}/vis and {args.out}/preds')
 
 

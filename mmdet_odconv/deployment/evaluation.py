@@ -1,7 +1,7 @@
 """COCO mAP through an exported file, by MMDetection's own test loop."""
 import copy
 import time
-from typing import Callable, Dict, List, Tuple
+from typing import Callable, Dict, List, Optional, Tuple
 
 import torch
 from mmdet.models import BaseDetector, FCNMaskHead
@@ -36,16 +36,18 @@ class ExportedDetector(nn.Module):
         runtime: the file (a :class:`~.export.Runtime`), or another that answers as it does.
         data_preprocessor: of the detector; what it does to an image, but for padding, is done.
         normalize: whether the file does that itself.
-        mask_threshold: probability from which a pixel belongs to a mask.
+        mask_threshold: probability from which a pixel belongs to a mask; the config's
+            ``test_cfg.rcnn.mask_thr_binary``, which export's JSON file repeats.
     """
 
     def __init__(self, runtime: Callable, data_preprocessor: BaseDataPreprocessor,
-                 normalize: bool = False, mask_threshold: float = 0.5) -> None:
+                 normalize: bool = False, mask_threshold: Optional[float] = None) -> None:
         super().__init__()
         self.runtime, self.normalize = runtime, normalize
         self.data_preprocessor = copy.deepcopy(data_preprocessor)
         self.data_preprocessor.pad_size_divisor = 1
-        self.mask_cfg = Config(dict(mask_thr_binary=mask_threshold))
+        self.mask_cfg = Config(dict(
+            mask_thr_binary=0.5 if mask_threshold is None else mask_threshold))
         self.paster = FCNMaskHead(num_convs=0, class_agnostic=True)
 
     def test_step(self, data: dict) -> List[DetDataSample]:

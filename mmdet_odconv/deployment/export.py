@@ -1,6 +1,7 @@
 """A detector written to a file that runs without MMDetection, and compared with the detector."""
 import copy
 import importlib
+import importlib.util
 import json
 import logging
 import warnings
@@ -10,7 +11,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from mmcv.ops import MultiScaleDeformableAttention
+from mmcv.ops import DeformConv2d, ModulatedDeformConv2d, MultiScaleDeformableAttention
 from mmcv.transforms import Compose
 from mmdet.models import BaseDetector
 from mmdet.utils import get_test_pipeline_cfg
@@ -25,7 +26,7 @@ from ..checkpoints.swapping import build_model
 from ..errors import InputError
 from ..layers import FDConv2d
 from .detector import TensorDetector
-from .operators import OPSET, linspace_of_one_step
+from .operators import NEWEST_OPSET, OPSET, linspace_of_one_step
 
 FORMATS = {'onnx': '.onnx', 'pt2': '.pt2', 'torchscript': '.pt'}  # and how their files end
 MIN_HALVED = 64  # elements, from which a cast is worth its node
@@ -42,9 +43,18 @@ def load_detector(config: Config, checkpoint: str) -> Tuple[BaseDetector, Sequen
     model = build_model(config)
     whole = load_weights(model, checkpoint)
     model.eval()
-    meta = whole.get('meta') or {}
+    return model, classes_of(config, whole)
+
+
+def classes_of(config: Config, checkpoint: dict) -> Tuple[str, ...]:
+    """Classes that a checkpoint was trained for, or else those of its config's test set."""
+    meta = checkpoint.get('meta') or {}
     meta = meta.get('dataset_meta') or meta  # where MMDetection 2.x, and so releases, has CLASSES
-    return model, tuple(meta.get('classes') or meta.get('CLASSES') or ())
+    found = meta.get('classes') or meta.get('CLASSES')
+    if not found and config.get('test_dataloader'):
+        data_set = DATASETS.build(dict(config.test_dataloader.dataset, lazy_init=True))
+        found = data_set.metainfo.get('classes')
+    return tuple(found or ())
 
 
 def load_weights(model: BaseDetector, checkpoint: str) -> dict:
@@ -78,7 +88,7 @@ def export_detector(detector: TensorDetector, path: Path, images: Sequence[Tenso
         format: 'onnx'; or 'pt2', a program of torch.export, or 'torchscript', which both need
             ``import mmdet_odconv`` where they are loaded. A program fixes which levels of the
             pyramid are one cell wide or high, as they are for the first image.
-        opset: ONNX's version of operators, at least 16.
+        opset: ONNX's version of operators, 16 to 20.
         check: run the file and :func:`compare` it with the detector.
         force: replace a file that exists.
         half: store weights in half precision, which a runtime makes single again as it loads them;
@@ -90,23 +100,21 @@ def export_detector(detector: TensorDetector, path: Path, images: Sequence[Tenso
 
     Raises:
         InputError: if the file cannot be written, differs from the detector, or has a name that
-            does not end as its format's do, if ``opset`` is too old, or if it has an FDConv2d and
-            the format is not TorchScript.
+            does not end as its format's do, if ``opset`` is out of range, if what writes or checks
+            it is not installed, or if the detector has a layer that the format does not take.
     """
-    if opset < OPSET:
-        raise InputError(f'opset is {opset}, where at least {OPSET} was expected, the first whose '
-                         'RoiAlign knows where pixels are.')
+    if not OPSET <= opset <= NEWEST_OPSET:
+        raise InputError(f'opset is {opset}, where {OPSET}, the first whose RoiAlign knows where '
+                         f'pixels are, to {NEWEST_OPSET} was expected.')
     if half and format != 'onnx':
         raise InputError(f'half is for onnx, and the format is {format}: leave half out.')
     if path.suffix != FORMATS[format]:
         raise InputError(f'{path} is to be of {format}, whose files end in {FORMATS[format]} here: '
                          'give such a name.')
-    if format != 'torchscript':
-        for name, module in detector.model.named_modules():
-            if isinstance(module, FDConv2d):
-                raise InputError(f'{name} is an FDConv2d, whose Fourier transform of kernels '
-                                 '(onnx) and bands of a map of any size (pt2) the exporters do '
-                                 'not take: use torchscript.')
+    check_exportable(detector.model, format)
+    if format == 'onnx' and check and importlib.util.find_spec('onnxruntime') is None:
+        raise InputError("onnxruntime is not installed, which checks the file: pip install "
+                         "'.[deploy]' in a checkout, or give --no-check.")
     if half:
         detector.load_state_dict(halved(detector.state_dict()))
     with writing(path, force) as temporary, torch.no_grad(), warnings.catch_warnings():
@@ -122,6 +130,21 @@ def export_detector(detector: TensorDetector, path: Path, images: Sequence[Tenso
             if half:
                 store_halves(temporary)
         return compare(detector, Runtime(temporary), images) if check else []
+
+
+def check_exportable(model: nn.Module, format: str) -> None:
+    """InputError that names the first layer that a format does not take, or what is missing."""
+    if format == 'onnx' and importlib.util.find_spec('onnx') is None:
+        raise InputError("onnx is not installed, which writes the file: pip install '.[deploy]' "
+                         'in a checkout.')
+    for name, module in model.named_modules():
+        if isinstance(module, FDConv2d) and format != 'torchscript':
+            raise InputError(f'{name} is an FDConv2d, whose Fourier transform of kernels (onnx) '
+                             'and bands of a map of any size (pt2) the exporters do not take: use '
+                             'torchscript.')
+        if isinstance(module, (DeformConv2d, ModulatedDeformConv2d)):
+            raise InputError(f'{name} is a deformable convolution, a kernel of mmcv that no '
+                             'exporter takes: train a detector without it to export.')
 
 
 def as_program(detector: TensorDetector, image: Tensor) -> torch.export.ExportedProgram:
@@ -144,7 +167,12 @@ def as_program(detector: TensorDetector, image: Tensor) -> torch.export.Exported
 
 def write_onnx(module: nn.Module, image: Tensor, path: Path, names: Sequence[str],
                output_axes: Dict[int, str], opset: int = 17) -> None:
-    """Write a function of one image, (1, 3, H, W) of any size, and its outputs' names and axes."""
+    """Write a function of one image, (1, 3, H, W) of any size, and its outputs' names and axes.
+
+    Raises:
+        InputError: of :func:`check_exportable`.
+    """
+    check_exportable(module, 'onnx')
     axes = {'image': {2: 'height', 3: 'width'}, **dict.fromkeys(names, output_axes)}
     with linspace_of_one_step(opset):
         torch.onnx.export(module, (image, ), str(path), dynamo=False, opset_version=opset,
@@ -281,7 +309,14 @@ def preprocessing(config: Config, model: BaseDetector, normalize: bool,
         outputs=dict(
             boxes='(N, 4): x1, y1, x2, y2 in pixels of the resized image', scores='(N,), falling',
             labels='(N,): indices of classes',
-            masks='(N, h, w), where there is a mask head: probabilities on a grid over each box'))
+            masks='(N, h, w), where there is a mask head: probabilities on a grid over each box'),
+        **({} if mask_threshold(model) is None else dict(mask_threshold=mask_threshold(model))))
+
+
+def mask_threshold(model: BaseDetector) -> Optional[float]:
+    """Probability from which a pixel belongs to a mask; None where there is no mask head."""
+    head = getattr(model, 'roi_head', None)
+    return head.test_cfg.mask_thr_binary if head is not None and head.with_mask else None
 
 
 def _test_pipeline(config: Config) -> Optional[List[dict]]:

@@ -1,7 +1,7 @@
 """Detections on one's own pictures and videos, and the plugin's configs by name."""
 import json
 from pathlib import Path
-from typing import Dict, Optional
+from typing import Dict, Optional, Tuple
 
 import cv2
 import mmcv
@@ -9,9 +9,10 @@ from mmengine.config.utils import MODULE2PACKAGE
 from rich.progress import track
 
 from ..checkpoints import read_weights
+from ..checkpoints.files import refuse_existing, writing
 from ..engine.launch import find_config
 from ..errors import InputError
-from .export import load_weights
+from .export import classes_of, load_weights
 
 CODECS = {'.mp4': 'mp4v', '.avi': 'MJPG'}  # of videos, by how their files end
 
@@ -39,7 +40,7 @@ def allow_base_configs() -> None:
 
 
 def detect(inputs: str, config: str, weights: str, out_dir: str, score: float = 0.3,
-           batch_size: int = 1, device: Optional[str] = None) -> int:
+           batch_size: int = 1, device: Optional[str] = None, force: bool = False) -> int:
     """Write pictures with detections to ``out_dir``/vis, and predictions as JSON to /preds.
 
     Args:
@@ -51,14 +52,15 @@ def detect(inputs: str, config: str, weights: str, out_dir: str, score: float = 
         score: from which a detection is drawn; the JSON holds all.
         batch_size: images at a time; of a video, one.
         device: such as 'cuda:0'; a GPU if there is one, where not given.
+        force: replace files that exist.
 
     Returns:
         The number of images or frames.
 
     Raises:
         InputError: if there is no image, or a file of that kind cannot be read; if the weights are
-            not those of the config's detector; if the inputs would be written over, or two
-            images' predictions be one file.
+            not those of the config's detector; if a file would be written over, or two images'
+            predictions be one file.
     """
     from mmdet.apis.det_inferencer import IMG_EXTENSIONS, DetInferencer  # slow to import
     if not Path(inputs).exists():
@@ -75,10 +77,6 @@ def detect(inputs: str, config: str, weights: str, out_dir: str, score: float = 
     if source.resolve() == (Path(out_dir) / 'vis').resolve():
         raise InputError(f'{source} is where pictures with detections are written: give another '
                          '--out, since they would take the place of your own.')
-    inferencer = DetInferencer(path, weights, device)
-    load_weights(inferencer.model, weights)  # of which MMEngine only logs what does not fit
-    if kind in CODECS:
-        return _detect_in_video(inferencer, Path(inputs), Path(out_dir), score)
     files = [Path(inputs)] if Path(inputs).is_file() else sorted(
         path for path in Path(inputs).iterdir() if path.suffix.lower() in IMG_EXTENSIONS)
     if not files:
@@ -89,6 +87,14 @@ def detect(inputs: str, config: str, weights: str, out_dir: str, score: float = 
         if other != file:
             raise InputError(f'Predictions of {file} and {other} would be one file, '
                              f'preds/{file.stem}.json: rename one of them.')
+        for written in _outputs(file, Path(out_dir)):
+            refuse_existing(written, force)
+    inferencer = DetInferencer(path, weights, device)
+    # Of what does not fit MMEngine only logs; and without classes in a file it takes COCO's.
+    checkpoint = load_weights(inferencer.model, weights)
+    inferencer.model.dataset_meta['classes'] = classes_of(inferencer.cfg, checkpoint)
+    if kind in CODECS:
+        return _detect_in_video(inferencer, Path(inputs), Path(out_dir), score, force)
     inferencer.show_progress = False  # of each batch
     # Of what it is given at once, it keeps every picture.
     for start in track(range(0, len(files), batch_size), 'Inference'):
@@ -97,25 +103,33 @@ def detect(inputs: str, config: str, weights: str, out_dir: str, score: float = 
     return len(files)
 
 
-def _detect_in_video(inferencer, path: Path, out_dir: Path, score: float) -> int:
+def _outputs(path: Path, out_dir: Path) -> Tuple[Path, Path]:
+    """Files that are written of an image or video: with detections, and the predictions."""
+    return out_dir / 'vis' / path.name, out_dir / 'preds' / f'{path.stem}.json'
+
+
+def _detect_in_video(inferencer, path: Path, out_dir: Path, score: float, force: bool) -> int:
     """As :func:`detect`."""
     video = mmcv.VideoReader(str(path))
     if video.frame_cnt < 1:
         raise InputError(f'{path} could not be read as a video: give one in MP4 or AVI.')
-    for folder in ('vis', 'preds'):
-        (out_dir / folder).mkdir(parents=True, exist_ok=True)
+    drawn, written = _outputs(path, out_dir)
+    for file in (drawn, written):
+        file.parent.mkdir(parents=True, exist_ok=True)
     inferencer.show_progress = False  # of each frame
-    writer = cv2.VideoWriter(str(out_dir / 'vis' / path.name),
-                             cv2.VideoWriter.fourcc(*CODECS[path.suffix.lower()]), video.fps,
-                             video.resolution)
-    if not writer.isOpened():
-        raise InputError(f'OpenCV here cannot write {path.suffix} videos: convert {path} to AVI, '
-                         'or give its frames as a folder of images.')
     predictions = []
-    for frame in track(video, 'Inference'):
-        found = inferencer(frame, return_vis=True, pred_score_thr=score)
-        predictions += found['predictions']
-        writer.write(found['visualization'][0])
-    writer.release()
-    (out_dir / 'preds' / f'{path.stem}.json').write_text(json.dumps(predictions))
+    with writing(drawn, force) as temporary:
+        writer = cv2.VideoWriter(str(temporary),
+                                 cv2.VideoWriter.fourcc(*CODECS[path.suffix.lower()]), video.fps,
+                                 video.resolution)
+        if not writer.isOpened():
+            raise InputError(f'OpenCV here cannot write {path.suffix} videos: convert {path} to '
+                             'AVI, or give its frames as a folder of images.')
+        for frame in track(video, 'Inference'):
+            found = inferencer(frame, return_vis=True, pred_score_thr=score)
+            predictions += found['predictions']
+            writer.write(found['visualization'][0])
+        writer.release()
+    with writing(written, force) as temporary:
+        temporary.write_text(json.dumps(predictions))
     return len(predictions)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.onnx import symbolic_helper
 
 OPSET = 16  # the first whose RoiAlign knows where pixels are
+NEWEST_OPSET = 20  # of torch's exporter by tracing
 INT64_MAX = 2**63 - 1
 
 

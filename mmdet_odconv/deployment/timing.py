@@ -113,11 +113,11 @@ def is_installed(kind: str) -> bool:
 
 
 def mean_average_precision(config: Config, model: TensorDetector, run: Callable) -> float:
-    """COCO box mAP on a config's test set of what runs a detector of its."""
+    """Box mAP, by the config's evaluator on its test set, of what runs a detector of its."""
     detector = ExportedDetector(run, model.model.data_preprocessor)
     with tempfile.TemporaryDirectory() as work_dir:
         (metrics, _), = evaluate(config, {'': detector}, work_dir).values()
-    return metrics['coco/bbox_mAP']
+    return next(value for name, value in metrics.items() if name.endswith('mAP'))
 
 
 def _prepared(kind: str, model: nn.Module, image: Tensor, path: Path) -> Tuple[Callable, int]:

@@ -49,6 +49,13 @@ def test_the_command(config):
     assert ('not installed' in said) == ('openvino' not in kinds)
 
 
+def test_a_layer_that_no_exporter_takes_is_named(config):
+    config.write_text(config.read_text() + "model['backbone']['conv_cfg'] = dict(type='FDConv2d')")
+    model = timing.counterparts(Config.fromfile(config), 'backbone')['dynamic']
+    with pytest.raises(InputError, match='is an FDConv2d, whose Fourier transform of kernels'):
+        timing.time_formats(dict(dynamic=model), torch.randn(1, 3, 64, 64), ['onnxruntime'])
+
+
 def test_what_is_not_installed_is_left_out(config, monkeypatch):
     models = timing.counterparts(Config.fromfile(config), 'backbone')
     monkeypatch.setattr(timing.importlib.util, 'find_spec', lambda name: None)

@@ -1,5 +1,6 @@
 """The export command on detectors of the quickstart's kind: the file detects what they detect."""
 import functools
+import importlib.util
 import json
 import math
 import re
@@ -27,11 +28,13 @@ from mmdet_odconv.checkpoints.swapping import build_model
 from mmdet_odconv.deployment.detector import TensorDetector
 from mmdet_odconv.deployment.evaluation import ExportedDetector
 from mmdet_odconv.deployment.export import (
+    FORMATS,
     Runtime,
     as_program,
     compare,
     example_images,
     load_detector,
+    mask_threshold,
     preprocessing,
 )
 
@@ -217,8 +220,22 @@ def test_what_cannot_be_exported_is_named(root, export):
     torch.save(build_model(config).state_dict(), root / 'fd.pth')
     assert re.match(r'error: backbone\.\S+ is an FDConv2d, whose Fourier transform of kernels',
                     refused('fd.py', 'fd.pth'))
-    assert refused('faster.py', 'mask.pth', '--opset', '15').startswith(
-        'error: opset is 15, where at least 16')
+    for opset in '15', '21':
+        assert refused('faster.py', 'faster.pth', '--opset', opset).startswith(
+            f'error: opset is {opset}, where 16, the first whose RoiAlign knows where')
+    assert refused('faster.py', 'faster.pth', '--image', 'none.jpg') == (
+        'error: none.jpg does not exist: give another --image.')
+    (root / 'dcn.py').write_text(
+        "_base_ = './faster.py'\nmodel = dict(backbone=dict(depth=50, dcn=dict("
+        "type='DCNv2'), stage_with_dcn=(False, False, False, True)), "
+        'neck=dict(in_channels=[32, 64, 128, 256]))')
+    config = Config.fromfile(root / 'dcn.py')
+    torch.save(build_model(config).state_dict(), root / 'dcn.pth')
+    for format in ('onnx', 'torchscript'):
+        path = root / f'refused{FORMATS[format]}'
+        code, _ = export('dcn.py', 'dcn.pth', '--out', path, '--format', format)
+        assert re.match(r'error: backbone\.\S+ is a deformable convolution', code)
+        assert not path.exists()
     assert refused('faster.py', 'faster.pth', '--format', 'torchscript', '--half').startswith(
         'error: half is for onnx, and the format is torchscript')
     assert refused('faster.py', 'faster.pth', '--batch', 'dynamic').startswith(
@@ -229,6 +246,47 @@ def test_what_cannot_be_exported_is_named(root, export):
         "type='GenericRoIExtractor')))")
     assert refused('rpn.py', 'faster.pth').startswith(
         'error: The roi_head.roi_extractor is a GenericRoIExtractor, which predicts in a way of')
+
+
+@pytest.mark.parametrize(('missing', 'sentence'), [
+    ('onnx', 'error: onnx is not installed, which writes the file: pip install'),
+    ('onnxruntime', 'error: onnxruntime is not installed, which checks the file: pip install')])
+def test_what_export_needs_is_asked_for_at_once(export, monkeypatch, missing, sentence):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec',
+                        lambda name, *args: None if name == missing else find_spec(name, *args))
+    assert export('faster.py', 'faster.pth', '--out', 'no.onnx')[0].startswith(sentence)
+
+
+def test_weights_that_name_no_classes(root, run, monkeypatch):
+    state = torch.load(root / 'faster.pth', weights_only=False)['state_dict']
+    torch.save(state, root / 'bare.pth')
+    _, classes = load_detector(Config.fromfile(root / 'faster.py'), str(root / 'bare.pth'))
+    assert classes == tuple('0123456789')
+    seen = []
+    call = DetInferencer.__call__
+    monkeypatch.setattr(DetInferencer, '__call__', lambda self, inputs, **options: seen.append(
+        self.visualizer.dataset_meta['classes']) or call(self, inputs, **options))
+    source = next((root / 'data/digits/val').iterdir())
+    code, _ = run('image_demo.py', source, 'faster.py', '--weights', 'bare.pth', '--out', 'bare',
+                  '--device', 'cpu')
+    assert code is None and seen == [tuple('0123456789')]
+
+
+def test_the_masks_of_a_file_are_those_of_the_configs_threshold(root, monkeypatch):
+    monkeypatch.chdir(root)
+    config, model = detector(root, 'mask')
+    assert mask_threshold(model) == 0.5
+    model.roi_head.test_cfg.mask_thr_binary = 0.9
+    described = preprocessing(config, model, False, ())
+    assert mask_threshold(model) == described['mask_threshold'] == 0.9
+    assert mask_threshold(detector(root, 'faster')[1]) is None
+    exported = ExportedDetector(TensorDetector(model), model.data_preprocessor,
+                                mask_threshold=mask_threshold(model))
+    data = pseudo_collate([DATASETS.build(config.test_dataloader.dataset)[0]])
+    with torch.no_grad():
+        (found, ), (wanted, ) = exported.test_step(data), model.test_step(data)
+    assert (found.pred_instances.masks != wanted.pred_instances.masks).float().mean() < 1e-3
 
 
 def test_image_demo(root, run, monkeypatch):
@@ -252,7 +310,9 @@ def test_image_demo(root, run, monkeypatch):
     assert code is None and '3 images or frames' in said
     assert given == [['1.jpg', '2.JPG'], ['3.PNG']]  # of which it keeps pictures until it is done
     drawn = {path: path.read_bytes() for path in (root / 'demo/vis').iterdir()}
-    code, _ = run('image_demo.py', 'demo/vis', *demo, 'demo')
+    code, _ = run('image_demo.py', 'data/digits/val', *demo, 'demo')
+    assert re.match(r'error: demo/vis/\S+ exists already: give another name, or --force', code)
+    code, _ = run('image_demo.py', 'demo/vis', *demo, 'demo', '--force')
     assert code.startswith('error: demo/vis is where pictures with detections are written: give')
     assert all(path.read_bytes() == content for path, content in drawn.items())
     (root / 'twins').mkdir()
@@ -285,15 +345,15 @@ def test_image_demo_of_a_video(root, run, monkeypatch, name, codec):
     for _ in range(3):
         writer.write(np.random.randint(0, 255, shape, np.uint8))
     writer.release()
-    demo = ('image_demo.py', name, 'faster.py', '--weights', 'faster.pth', '--out', 'clip',
+    demo = ('image_demo.py', name, 'faster.py', '--weights', 'faster.pth', '--out', codec,
             '--device', 'cpu', '--score', '0')
     code, said = run(*demo)
     assert code is None and '3 images or frames' in said
     video, drawn = (list(mmcv.VideoReader(str(root / path))) for path in (name,
-                                                                          f'clip/vis/{name}'))
+                                                                          f'{codec}/vis/{name}'))
     assert len(video) == len(drawn) == 3 and drawn[0].shape == shape
     assert np.abs(drawn[0].astype(int) - video[0]).max() > 100
-    predictions = json.loads((root / 'clip/preds/clip.json').read_text())
+    predictions = json.loads((root / codec / 'preds/clip.json').read_text())
     config, model = detector(root, 'faster')
     model.cfg = config
     expected = inference_detector(model, video[0]).pred_instances
@@ -305,7 +365,9 @@ def test_image_demo_of_a_video(root, run, monkeypatch, name, codec):
     assert code.startswith('error: broken.mp4 could not be read as a video')
     unopened = SimpleNamespace(isOpened=lambda: False)  # as OpenCV's is without such a codec
     monkeypatch.setattr(cv2, 'VideoWriter', Mock(return_value=unopened))
-    assert run(*demo)[0].startswith(f'error: OpenCV here cannot write {name[-4:]} videos: convert')
+    assert f'{codec}/vis/{name} exists already' in run(*demo)[0]
+    assert run(*demo, '--force')[0].startswith(
+        f'error: OpenCV here cannot write {name[-4:]} videos: convert')
 
 
 def test_configs_by_name(tmp_path):

@@ -10,9 +10,8 @@ import argparse
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.registry import DATASETS
 
-from mmdet_odconv import config_path
+from mmdet_odconv import InputError, config_path
 from mmdet_odconv.checkpoints.files import refuse_existing, writing
 from mmdet_odconv.deployment.attentions import record_attentions, spread
 from mmdet_odconv.deployment.export import load_detector
@@ -32,11 +31,18 @@ def main():
     parser.add_argument('--out', type=Path, default=Path('attention.html'), metavar='FILE')
     parser.add_argument('--force', action='store_true', help='replace a file that exists')
     args = parser.parse_args()
+    if args.images < 1:
+        parser.error(f'--images is {args.images}, where at least one was expected')
     with errors_explained():
         refuse_existing(args.out, args.force)
+        if args.curves and not args.curves.is_file():
+            raise InputError(f'{args.curves} does not exist: give a picture, or no --curves.')
         config = Config.fromfile(config_path(args.config))
         if args.data:
             annotations, folder = (str(Path(path).resolve()) for path in args.data)
+            if 'datasets' in config.test_dataloader.dataset:
+                raise InputError("The config's test set is made of several, in whose place --data "
+                                 'cannot be put: give a config with one.')
             config.test_dataloader.dataset.update(
                 data_root='', ann_file=annotations, data_prefix=dict(img=folder))
         model, classes = load_detector(config, args.checkpoint)
@@ -46,8 +52,6 @@ def main():
             shares = ' '.join(f'{share:.2f}' for share in found.shares.tolist())
             print(f'{name}: entropy {found.entropy:.3f}, variation {found.variation:.4f}, '
                   f'shares {shares}, dead {found.dead or "none"}')
-        classes = classes or DATASETS.build(
-            dict(config.test_dataloader.dataset, lazy_init=True)).metainfo['classes']
         with writing(args.out, args.force) as temporary:
             write_page(temporary, f'{Path(args.config).stem}, {Path(args.checkpoint).name}', images,
                        attentions, classes, args.score, curves=args.curves)

@@ -44,6 +44,8 @@ def main():
     if args.checkpoint and not args.static:
         parser.error('--checkpoint was given without --static: beside a trained detector, a '
                      'random one would stand')
+    if args.rounds < 1:
+        parser.error(f'--rounds is {args.rounds}, where at least one was expected')
     if checkpoints:
         args.part = 'detector'
     with errors_explained():

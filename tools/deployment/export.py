@@ -24,6 +24,7 @@ from mmdet_odconv.deployment.export import (
     example_images,
     export_detector,
     load_detector,
+    mask_threshold,
     preprocessing,
     write_preprocessing,
 )
@@ -37,7 +38,7 @@ def main():
     parser.add_argument('checkpoint', metavar='CHECKPOINT')
     parser.add_argument('--out', type=Path, required=True, metavar='FILE')
     parser.add_argument('--format', choices=FORMATS, default='onnx')
-    parser.add_argument('--opset', type=int, default=17, help="ONNX's, at least 16")
+    parser.add_argument('--opset', type=int, default=17, help="ONNX's, 16 to 20")
     parser.add_argument('--fuse', action='store_true', help='fold norms into convolutions first')
     parser.add_argument('--half', action='store_true',
                         help='fuse, and store weights in half precision')
@@ -57,7 +58,10 @@ def main():
             raise InputError('--batch dynamic is not for whole detectors, whose number of boxes '
                              'depends on the image: export the backbone with torch.export or '
                              'torch.onnx.export, as docs/guides/deployment.md shows.')
-        described = args.out.with_suffix('.json')
+        for image in args.image:
+            if not Path(image).is_file():
+                raise InputError(f'{image} does not exist: give another --image.')
+        described = args.out.parent / f'{args.out.stem}.json'
         for file in (args.out, described):
             refuse_existing(file, args.force)
         config = Config.fromfile(config_path(args.config))
@@ -77,7 +81,8 @@ def main():
         if checked and not any(found['detections'] for found in checked):
             print('Nothing was detected in them, so that no box was compared: give --image.')
         if args.evaluate:
-            exported = ExportedDetector(Runtime(args.out), model.data_preprocessor, args.normalize)
+            exported = ExportedDetector(Runtime(args.out), model.data_preprocessor, args.normalize,
+                                        mask_threshold(model))
             with tempfile.TemporaryDirectory() as work_dir:
                 results = evaluate(config, {'PyTorch': model, args.out.name: exported}, work_dir)
             for name, (metrics, milliseconds) in results.items():
