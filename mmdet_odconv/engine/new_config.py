@@ -160,6 +160,8 @@ def _start(config: Config, weights: Optional[str]) -> Tuple[Dict[str, Any], List
         start: Dict[str, Any] = {'init_cfg': None, **{
             key: value for key, value in (('frozen_stages', -1), ('norm_eval', False))
             if key in backbone}}
+        if (backbone.get('norm_cfg') or {}).get('requires_grad') is False:
+            start['norm_cfg'] = dict(requires_grad=True)
         norm = norm_of_few(layer, conv_cfg, config.train_dataloader.get('batch_size'))
         if is_dynamic and norm:
             start['conv_cfg'] = norm

@@ -164,6 +164,14 @@ def test_a_classifiers_file_of_mmpretrains_names(data, tmp_path, base, kind):
     assert config.get('load_from') is None
 
 
+@pytest.mark.parametrize('base', ['deformable-detr_od-r50-k4_16xb2-50e_coco',
+                                  'mmdet::detr/detr_r50_8xb2-150e_coco'])
+def test_norms_that_the_base_freezes_train_from_scratch(data, tmp_path, base):
+    new_config(data, base, tmp_path / 'my.py', 'none')
+    backbone = Config.fromfile(tmp_path / 'my.py').model.backbone
+    assert backbone.norm_cfg == dict(type='BN', requires_grad=True)
+
+
 def test_a_static_detector_in_a_dynamic_one_is_refused(data, tmp_path):
     file = str(tmp_path / 'detector.pth')
     torch.save({'backbone.conv1.weight': torch.zeros(64, 3, 7, 7)}, file)
