@@ -13,6 +13,7 @@ from torch import Tensor
 from . import dynamic_conv
 from .autograd import as_in_forward, differentiable_gradients, without_autocast
 from .convolution import is_traced
+from .kernels import wide_dtype
 
 BAND_NUM = 3  # gates; what is below the last band passes as it is
 
@@ -41,7 +42,7 @@ def modulate_bands(input: Tensor, gates: Tensor) -> Tensor:
     Returns:
         (B, C, H, W).
     """
-    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(input.dtype)
     function = (_modulate if is_traced() else published_bands if dynamic_conv.is_published() else
                 BandModulation.apply)
     return without_autocast(input.device.type, function, input.to(wide), gates.to(wide)

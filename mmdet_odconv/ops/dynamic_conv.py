@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import blocked, folded, fused, kernels, shared
-from .autograd import Planned, plain_conv2d, run_forward
+from .autograd import Planned, plain_conv2d, run_forward, without_autocast
 from .convolution import (
     is_pointwise,
     is_traced,
@@ -85,8 +85,7 @@ def dynamic_conv2d(input: Tensor,
         input, attentions = input.to(dtype), kernels.in_dtype(kernels.sum_dtype(dtype), *attentions)
         if plan != 'fused':
             weight = weight.to(dtype)
-        with torch.autocast(device, enabled=False):
-            output = _run(plan, input, weight, *attentions, *geometry)
+        output = without_autocast(device, _run, plan, input, weight, *attentions, *geometry)
     elif is_exporting():  # runtimes join a convolution's own bias, and what follows it, to it
         a, s, c, f = kernels.in_dtype(input.dtype, *attentions)
         return exported_conv2d(input, weight, a, s, c, f, *geometry, bias=bias)

@@ -20,6 +20,11 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of Fourier transforms and waves: float64 where that is given, else float32."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
 def in_dtype(dtype: torch.dtype, *tensors: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
     """Each tensor, or None, in ``dtype``."""
     return tuple(None if t is None else t.to(dtype) for t in tensors)

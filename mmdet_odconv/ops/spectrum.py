@@ -13,7 +13,7 @@ from torch import Tensor
 from . import dynamic_conv
 from .autograd import as_in_forward, differentiable_gradients, without_autocast
 from .convolution import is_traced
-from .kernels import ALL, BLOCK_BYTES, slices
+from .kernels import ALL, BLOCK_BYTES, in_dtype, slices, wide_dtype
 
 
 def frequency_groups(rows: int, columns: int, group_num: int) -> Tensor:
@@ -54,8 +54,8 @@ def to_spectrum(kernel: Tensor) -> Tensor:
     """
     out_channels, inner, kh, kw = kernel.shape
     plane = kernel.permute(0, 2, 1, 3).reshape(out_channels * kh, inner * kw)
-    wide = plane.dtype if plane.dtype == torch.float64 else torch.float32
-    return torch.view_as_real(torch.fft.rfft2(plane.to(wide))).to(kernel.dtype)
+    wide = plane.to(wide_dtype(plane.dtype))
+    return torch.view_as_real(torch.fft.rfft2(wide)).to(kernel.dtype)
 
 
 def fourier_kernels(spectrum: Tensor,
@@ -93,10 +93,8 @@ def fourier_kernels(spectrum: Tensor,
     Returns:
         (B, Cout, Cin / groups, kh, kw), B may be 0, in float64 if the spectrum is, else in float32.
     """
-    wide = torch.float64 if spectrum.dtype == torch.float64 else torch.float32
-    tensors = [None if t is None else t.to(wide) for t in (
-        spectrum, kernel_attention, channel_logits, filter_logits, spatial_logits, local_features,
-        local_weight)]
+    tensors = in_dtype(wide_dtype(spectrum.dtype), spectrum, kernel_attention, channel_logits,
+                       filter_logits, spatial_logits, local_features, local_weight)
     if kernel_attention.shape[0] == 0:  # no image has a kernel, but all arguments stay in the graph
         return tensors[1].new_zeros(0, *kernel_shape) + sum(
             t.sum() for t in tensors if t is not None)
