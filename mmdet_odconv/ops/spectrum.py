@@ -99,15 +99,42 @@ def fourier_kernels(spectrum: Tensor,
         return tensors[1].new_zeros(0, *kernel_shape) + sum(
             t.sum() for t in tensors if t is not None)
     arguments = (*tensors, frequency_groups, tuple(kernel_shape), groups)
-    plain = is_traced() or dynamic_conv.is_published()
-    return without_autocast(spectrum.device.type,
-                            published_kernels if plain else FourierKernels.apply, *arguments)
+    function = (plain_kernels if is_traced() else
+                published_kernels if dynamic_conv.is_published() else FourierKernels.apply)
+    return without_autocast(spectrum.device.type, function, *arguments)
+
+
+def plain_kernels(spectrum, a, c, f, s, u, w, frequency_groups, kernel_shape, groups):
+    """The kernels in operations that autograd and torch.compile see through."""
+    maps = spectrum * a.index_select(1, frequency_groups.flatten().int()).view(
+        a.shape[0], *frequency_groups.shape, 1)
+    return _gated_kernels(maps, a, c, f, s, u, w, kernel_shape, groups)
 
 
 def published_kernels(spectrum, a, c, f, s, u, w, frequency_groups, kernel_shape, groups):
-    """The kernels in operations that autograd and torch.compile see through, as published."""
-    maps = spectrum * a.index_select(1, frequency_groups.flatten().int()).view(
-        a.shape[0], *frequency_groups.shape, 1)
+    """As the published code has them: by groups, frequencies are gathered, weighted, scattered."""
+    indices = _by_frequency(frequency_groups, a.shape[1])
+    if indices is None:  # which the published code does not serve
+        return plain_kernels(spectrum, a, c, f, s, u, w, frequency_groups, kernel_shape, groups)
+    picked = spectrum[indices].view(1, a.shape[1], -1, 2)
+    weighted = torch.stack([picked[..., part] * a[:, :, None] for part in (0, 1)], 3)
+    maps = spectrum.new_zeros(len(a), *spectrum.shape)
+    maps[(slice(None), *indices)] += weighted.flatten(1, 2)
+    return _gated_kernels(maps, a, c, f, s, u, w, kernel_shape, groups)
+
+
+@functools.lru_cache(maxsize=64)
+def _by_frequency(frequency_groups: Tensor, group_num: int) -> Optional[Tuple[Tensor, Tensor]]:
+    """Rows and columns of all frequencies by group; None where the groups differ in size."""
+    groups = frequency_groups.flatten()
+    sizes = groups.int().bincount(minlength=group_num)
+    order = groups.argsort(stable=True)
+    width = frequency_groups.shape[1]
+    return (order // width, order % width) if (sizes == sizes[0]).all() else None
+
+
+def _gated_kernels(maps, a, c, f, s, u, w, kernel_shape, groups):
+    """The kernels of a batch's spectra, (B, Cout * kh, I * kw // 2 + 1, 2), times their gates."""
     out_channels, inner, kh, kw = kernel_shape
     plane = torch.fft.irfft2(torch.view_as_complex(maps), s=(out_channels * kh, inner * kw))
     column, row = _gates(a, c, f, s, kernel_shape, groups)
@@ -147,7 +174,7 @@ class FourierKernels(torch.autograd.Function):
         *tensors, frequency_groups, kernels = ctx.saved_tensors
         if torch.is_grad_enabled():
             return (*differentiable_gradients(
-                lambda *tensors: published_kernels(*tensors, frequency_groups, *ctx.geometry),
+                lambda *tensors: plain_kernels(*tensors, frequency_groups, *ctx.geometry),
                 tensors, ctx.needs_input_grad[:7], grad), None, None, None)
         spectrum, a, c, f, s, u, w = tensors
         kernel_shape, groups = ctx.geometry
