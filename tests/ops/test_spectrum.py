@@ -35,10 +35,12 @@ def arguments(groups, shape, is_local=True, batch=3, group_num=5):
     return named, fixed
 
 
+@pytest.mark.parametrize('group_num', [5, 6])  # of which the latter cuts three of them evenly
 @pytest.mark.parametrize('is_local', [False, True])
 @pytest.mark.parametrize(('groups', 'shape'), SHAPES)
-def test_equals_the_published_formulation_with_both_derivatives(groups, shape, is_local):
-    named, fixed = arguments(groups, shape, is_local)
+def test_equals_the_published_formulation_with_both_derivatives(groups, shape, is_local,
+                                                                group_num):
+    named, fixed = arguments(groups, shape, is_local, group_num=group_num)
     ours, theirs = both(lambda: fourier_kernels(**named, **fixed))
     reference.assert_same_with_gradients(ours, theirs, named)
     assert_same_second_derivatives(lambda: fourier_kernels(**named, **fixed), named.values())
