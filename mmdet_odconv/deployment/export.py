@@ -167,12 +167,7 @@ def as_program(detector: TensorDetector, image: Tensor) -> torch.export.Exported
 
 def write_onnx(module: nn.Module, image: Tensor, path: Path, names: Sequence[str],
                output_axes: Dict[int, str], opset: int = 17) -> None:
-    """Write a function of one image, (1, 3, H, W) of any size, and its outputs' names and axes.
-
-    Raises:
-        InputError: of :func:`check_exportable`.
-    """
-    check_exportable(module, 'onnx')
+    """Write a function of one image, (1, 3, H, W) of any size, and its outputs' names and axes."""
     axes = {'image': {2: 'height', 3: 'width'}, **dict.fromkeys(names, output_axes)}
     with linspace_of_one_step(opset):
         torch.onnx.export(module, (image, ), str(path), dynamo=False, opset_version=opset,

@@ -18,7 +18,7 @@ from ..checkpoints.swapping import build_model, make_static
 from ..errors import InputError
 from .detector import TensorDetector
 from .evaluation import ExportedDetector, evaluate
-from .export import Runtime, load_detector, write_onnx
+from .export import Runtime, check_exportable, load_detector, write_onnx
 from .fusion import fuse
 
 FORMATS = ('eager', 'compile', 'onnxruntime', 'openvino')
@@ -126,6 +126,7 @@ def _prepared(kind: str, model: nn.Module, image: Tensor, path: Path) -> Tuple[C
         size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
         return (model if kind == 'eager' else torch.compile(model)), size
     if not path.exists():
+        check_exportable(model, 'onnx')
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             names = getattr(model, 'output_names', None)

@@ -95,7 +95,7 @@ def prepare_cpu_processes(argv: List[str]) -> None:
         raise InputError('--launcher pytorch is for processes that torchrun starts: torchrun '
                          '--nproc-per-node 2 tools/train.py CONFIG --launcher pytorch, or mim '
                          'train mmdet_odconv CONFIG --launcher pytorch --gpus 2.')
-    path = config_path(argv)
+    path = config_argument(argv)
     if path is None:
         return  # mmdet's own usage says what is missing
     dist.init_process_group('gloo')
@@ -108,11 +108,9 @@ def prepare_cpu_processes(argv: List[str]) -> None:
         f'{config.get("find_unused_parameters", False)}'])
 
 
-def config_path(argv: List[str]) -> Optional[str]:
-    """The config among the arguments of mmdet's tools."""
-    return next((arg for arg in argv[1:]
-                 if arg.endswith(('.py', '.json', '.yaml', '.yml')) and not arg.startswith('-')),
-                None)
+def config_argument(argv: List[str]) -> Optional[str]:
+    """The config in Python among the arguments of mmdet's tools."""
+    return next((arg for arg in argv[1:] if arg.endswith('.py') and not arg.startswith('-')), None)
 
 
 def add_cfg_options(argv: List[str], options: List[str]) -> None:

@@ -22,7 +22,7 @@ from mmengine.registry import HOOKS, MODELS
 from ..errors import DivergenceError, InputError
 from ..names import find_config, nearest
 from .data_check import check_annotations, unreadable
-from .distributed import add_cfg_options, config_path, prepare_cpu_processes
+from .distributed import add_cfg_options, config_argument, prepare_cpu_processes
 from .resuming import AUTO, interruption, no_space
 
 # What reading another JSON, or none, as COCO raises.
@@ -73,11 +73,9 @@ def errors_explained() -> Iterator[None]:
 
 def _resolve_config(argv) -> None:
     """Put the path of a config that was given by file name in its place."""
-    for i, arg in enumerate(argv[1:], 1):
-        if arg.endswith('.py') and not arg.startswith('-'):
-            if not os.path.exists(arg):
-                argv[i] = str(find_config(arg))
-            return
+    given = config_argument(argv)
+    if given is not None and not os.path.exists(given):
+        argv[argv.index(given, 1)] = str(find_config(given))
 
 
 def _resume_by_hook(argv) -> None:
@@ -85,7 +83,7 @@ def _resume_by_hook(argv) -> None:
 
     SafeCheckpointHook reads it, which MMEngine's FlexibleRunner asks too late.
     """
-    path = config_path(argv)
+    path = config_argument(argv)
     for i, arg in enumerate(argv):
         following = argv[i + 1] if i + 1 < len(argv) else '-'
         if arg == '--resume' and (following == AUTO or following.startswith('-')):

@@ -1,16 +1,20 @@
 """What explain() says, and where it has to keep silent."""
 import errno
+import sys
 
 import pytest
+import torch.distributed as dist
 from mmcv.cnn import build_conv_layer
 from mmdet.datasets import CocoDataset, VOCDataset
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
+from mmengine.logging import MessageHub
 from mmengine.registry import MODELS
 from mmengine.utils import mkdir_or_exist
 from torch import nn
 
-from mmdet_odconv.engine.launch import _resume_by_hook, explain
+from mmdet_odconv.engine.distributed import prepare_cpu_processes
+from mmdet_odconv.engine.launch import _resume_by_hook, errors_explained, explain
 
 
 def explained(error, function, *args, **kwargs):
@@ -33,6 +37,27 @@ def test_resuming_without_a_file(tmp_path, monkeypatch, given, passed_on):
     argv = ['train.py', *given.split()]
     _resume_by_hook(argv)
     assert argv[1:] == passed_on.split()
+
+
+@pytest.mark.parametrize(('given', 'again'), [
+    ('c.py --cfg-options resume=auto', 'again to'), ('c.py', 'again with --resume to'),
+    ('c.py --resume epoch_1.pth', 'again with --resume alone to')])
+def test_how_an_interrupted_command_is_run_again(monkeypatch, capsys, given, again):
+    hub = MessageHub.get_instance(f'launch {given}')
+    hub.update_info('iter', 1)
+    hub.update_info('max_iters', 2)
+    monkeypatch.setattr(sys, 'argv', ['train.py', *given.split()])
+    with pytest.raises(SystemExit), errors_explained():
+        raise KeyboardInterrupt
+    assert f'run the same command {again} resume' in capsys.readouterr().err
+
+
+def test_processes_without_a_config_are_left_to_mmdets_usage(monkeypatch):
+    monkeypatch.setenv('RANK', '0')
+    monkeypatch.setattr('mmdet_odconv.engine.distributed.get_device', lambda: 'cpu')
+    argv = ['train.py', '--launcher', 'pytorch']
+    prepare_cpu_processes(argv)
+    assert argv == ['train.py', '--launcher', 'pytorch'] and not dist.is_initialized()
 
 
 def test_a_full_disk_elsewhere_removes_nothing():
