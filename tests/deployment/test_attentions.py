@@ -84,6 +84,20 @@ def test_what_is_read_of_a_data_set(tmp_path):
     assert sum(len(image.boxes) for image in images) == len(content['annotations']) - 1
 
 
+@pytest.mark.parametrize(('options', 'said'), [
+    (('--images', '0'), '--images is 0, where at least one was expected'),
+    (('--curves', 'none.png'), 'none.png does not exist: give a picture, or no --curves'),
+    (('--data', 'a.json', 'b'), "The config's test set is made of several, in whose place --data")])
+def test_options_that_cannot_be_met_are_refused_before_any_work(tmp_path, monkeypatch, capsys,
+                                                                options, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'many.py').write_text('test_dataloader = dict(dataset=dict(datasets=[]))')
+    monkeypatch.setattr(sys, 'argv', ['attention.py', 'many.py', 'none.pth', *options])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(digits.ROOT / 'tools/analysis_tools/attention.py'), run_name='__main__')
+    assert said in f'{end.value.code} {capsys.readouterr().err}'
+
+
 def test_the_page(tmp_path, monkeypatch, capsys):
     digits.make(tmp_path)
     # Classes that neither the config nor the weights tell: COCO's, as its own configs have it.
