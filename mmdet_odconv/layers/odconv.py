@@ -243,6 +243,8 @@ def normalise_pooled(norm: nn.Module, x: Tensor) -> Tensor:
     own = getattr(norm, 'running_mean', None) if own is None else own
     if own is not None and x.dtype == torch.float32 and own.dtype == torch.float16:
         return normalise_pooled(norm, x.half()).float()
+    if isinstance(norm, nn.Identity):  # of what was fused
+        return x
     if isinstance(norm, nn.modules.batchnorm._BatchNorm):
         few = norm.training and len(x) < FEW_IMAGES and not _is_synchronised(norm)
         if few and len(x) > 0 and not torch.compiler.is_compiling():

@@ -38,23 +38,33 @@ def exported_conv2d(input: Tensor, weight: Tensor, kernel_attention: Optional[Te
             output = output * filter_attention[:, :, None, None]
         return output if bias is inner else _plus(output, bias)
     _, out_channels, group_channels, *kernel_size = weight.shape
-    kernels = weight.reshape(len(weight), groups, out_channels // groups, group_channels,
-                             *kernel_size)
+    # Every reshaping is an operation of a runtime, so images and groups have axes only where
+    # there are several, or several filters in a group.
+    is_one = _constant_batch(input) == 1
+    images = () if is_one else (-1, )
+    filters, channels = ((groups, out_channels // groups), (groups, 1, group_channels))
+    if groups in (1, out_channels):
+        filters, channels = (out_channels, ), (groups, group_channels)
+    kernels = weight.reshape(-1, *filters, group_channels, *kernel_size)
     if kernel_attention is not None:
-        kernels = (kernel_attention @ kernels.flatten(1)).reshape(-1, *kernels.shape[1:])
+        kernels = (kernel_attention @ kernels.flatten(1)).reshape(*images, *kernels.shape[1:])
+    elif is_one:
+        kernels = kernels[0]
     gate = None  # of the columns: small, so both of its factors are multiplied first
     if channel_attention is not None:
-        gate = channel_attention.reshape(-1, groups, 1, group_channels, 1, 1)
+        gate = channel_attention.reshape(*images, *channels, 1, 1)
     if spatial_attention is not None:
-        spatial = spatial_attention.reshape(-1, 1, 1, 1, *kernel_size)
+        spatial = spatial_attention.reshape(*images, *(1 for _ in channels), *kernel_size)
         gate = spatial if gate is None else gate * spatial
     if gate is not None:
         kernels = kernels * gate
     if filter_attention is not None:
-        kernels = kernels * filter_attention.reshape(-1, groups, out_channels // groups, 1, 1, 1)
-    return exported_convolve_images(
-        input, kernels.reshape(-1, out_channels, group_channels, *kernel_size), stride, padding,
-        dilation, groups, bias)
+        kernels = kernels * filter_attention.reshape(*images, *filters, 1, 1, 1)
+    if len(filters) > 1:
+        kernels = kernels.reshape(*images, out_channels, group_channels, *kernel_size)
+    if is_one:
+        return F.conv2d(input, kernels, bias, stride, padding, dilation, groups)
+    return exported_convolve_images(input, kernels, stride, padding, dilation, groups, bias)
 
 
 def exported_convolve_images(input: Tensor, kernels: Tensor, stride=1, padding=0, dilation=1,
