@@ -1,15 +1,15 @@
-"""A detector of MMDetection as a function of tensors: an image in, boxes, scores and labels out.
+"""A detector of MMDetection as a function of tensors: images in, boxes, scores and labels out.
 
-It computes what the detector's own ``predict`` does for one image, without its Python objects and
-without branches on values, so that a graph drawn on one image is right for every other. Only
-detectors that are known to predict so are taken; any other is refused by the name of the part.
+It computes what the detector's own ``predict`` does, without its Python objects and without
+branches on values, so that a graph drawn on one image is right for every other. What is found in
+several images lies in one row, beside the index of its image. Only detectors that are known to
+predict so are taken; any other is refused by the name of the part.
 """
 import math
 from types import SimpleNamespace
 from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
-import torch.nn.functional as F
 from mmcv.ops import RoIAlign
 from mmdet.models import (
     BaseDetector,
@@ -36,6 +36,9 @@ from torch.onnx.operators import shape_as_tensor
 from ..errors import InputError
 from ..ops.exported import is_exporting
 from .operators import nms, roi_align
+from .preprocessing import Preprocessing, Resize
+
+Found = Tuple[Tensor, Tensor, Tensor, Tensor]  # boxes, scores, labels, images
 
 DENSE_METHODS = ('predict', 'predict_by_feat', '_predict_by_feat_single', '_bbox_post_process')
 # Parts, with the classes whose way to predict is known here, by the methods that say it.
@@ -65,29 +68,41 @@ class TensorDetector(nn.Module):
         model: a detector, in evaluation mode, of two stages (Faster, Mask and Cascade R-CNN), of
             one whose head predicts as MMDetection's :class:`BaseDenseHead` or YOLOX's does, or a
             DETR whose head predicts as DETR's or Deformable DETR's does.
-        normalize: whether the image is as it was read, BGR values from 0 to 255, and normalising
-            it is part of the function; otherwise it is normalised already.
+        normalize: whether images are as they were read, BGR values from 0 to 255, and normalising
+            them is part of the function; otherwise they are normalised already.
+        resize: how they are resized, if that is part of the function, too.
+        batched: whether several images of one size are taken at once, and the index of its image
+            answered with each detection.
+
+    Attributes:
+        output_names: of what is answered.
+        most: how many detections an image may have, by the config.
 
     Raises:
         InputError: with the name of the part, if it predicts in a way that is not known here.
         ValueError: if the model is in training mode.
     """
 
-    def __init__(self, model: BaseDetector, normalize: bool = False) -> None:
+    def __init__(self, model: BaseDetector, normalize: bool = False,
+                 resize: Optional[Resize] = None, batched: bool = False) -> None:
         super().__init__()
         if any(module.training for module in model.modules() if list(module.children())):
             raise ValueError('The detector is in training mode: call model.eval() first.')
         _check('detector', model)
         self.model = model
-        self.normalize = normalize
+        self.batched = batched
         self.two_stages = isinstance(model, TwoStageDetector)
         self.is_detr = isinstance(model, DetectionTransformer)
-        self.divisor = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
+        divisor = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
         if self.is_detr:
             _check('bbox_head of a DETR', model.bbox_head)
-            if self.divisor != 1:
+            if divisor != 1:
                 raise InputError('The data_preprocessor of a DETR has pad_size_divisor='
-                                 f'{self.divisor}, whose mask cannot be exported: expected 1.')
+                                 f'{divisor}, whose mask cannot be exported: expected 1.')
+            if batched:
+                raise InputError(f'{type(model).__name__} draws a mask of padding for each image, '
+                                 'by a loop whose length a graph fixes, and cannot be exported '
+                                 'for batches: leave --batch dynamic out.')
         elif self.two_stages:
             if not (model.with_rpn and model.with_roi_head):
                 raise InputError(f'{type(model).__name__} has no rpn_head or no roi_head, and '
@@ -99,64 +114,50 @@ class TensorDetector(nn.Module):
             if isinstance(getattr(model, 'neck', None), CSPNeXtPAFPN):
                 # RTMDet's pipeline pads, not its preprocessor.
                 stride, _ = model.bbox_head.prior_generator.strides[-1]
-                self.divisor = math.lcm(self.divisor, stride)
-        self.output_names = ['boxes', 'scores', 'labels']
+                divisor = math.lcm(divisor, stride)
+        self.preprocessing = Preprocessing(model.data_preprocessor, divisor, normalize, resize)
+        last = model.roi_head if self.two_stages else model.bbox_head
+        self.most = last.test_cfg.get('max_per_img', -1)
+        self.output_names = ['boxes', 'scores', 'labels', *['images'] * batched]
         if self.two_stages and model.roi_head.with_mask:
             self.output_names.append('masks')
         self.eval()  # itself too: an exporter puts the whole back into the mode that it found
 
-    def forward(self, image: Tensor) -> Tuple[Tensor, ...]:
-        """Detect in one image.
+    def forward(self, images: Tensor) -> Tuple[Tensor, ...]:
+        """Detect in one image, or in several of one size.
 
         Args:
-            image: (1, 3, H, W), resized; it is padded here to what the backbone needs.
+            images: (B, 3, H, W), where B is 1 unless the detector is ``batched``; they are padded
+                here to what the backbone needs.
 
         Returns:
-            Of N detections, by falling score, their boxes (N, 4) as x1, y1, x2, y2 in pixels of
-            the image, scores (N,), labels (N,) and, where there is a mask head, the probability of
-            each pixel of a grid over each box, (N, h, w).
+            Of N detections, by falling score in each image, their boxes (N, 4) as x1, y1, x2, y2
+            in pixels of the given image, scores (N,), labels (N,), if ``batched`` the indices of
+            their images (N,), rising, and, where there is a mask head, the probability of each
+            pixel of a grid over each box, (N, h, w).
         """
-        size = shape_as_tensor(image)[2:] if torch.jit.is_tracing() else torch.stack(
-            [torch.scalar_tensor(n, device=image.device) for n in image.shape[2:]])
-        limit = size[[1, 0, 1, 0]].to(image.dtype)
-        maps = self.model.extract_feat(self._padded(self._normalized(image)))
+        prepared, limit, factors = self.preprocessing(images)
+        maps = self.model.extract_feat(prepared)
+        head = self.model.roi_head if self.two_stages else None
         if self.is_detr:
-            return self._detect_by_queries(maps, image.shape[2:], limit)
-        if not self.two_stages:
-            return self._detect_densely(self.model.bbox_head, maps, limit)
-        proposals, _, _ = self._detect_densely(self.model.rpn_head, maps, limit)
-        head = self.model.roi_head
-        if isinstance(head, CascadeRoIHead):
-            boxes, scores, labels = self._detect_in_cascade(head, maps, proposals, limit)
+            found = self._detect_by_queries(maps, prepared.shape[2:], limit)
+        elif head is None:
+            found = self._detect_densely(self.model.bbox_head, maps, limit)
         else:
-            rois = as_rois(proposals)
-            logits, deltas = head.bbox_head(self._pooled(head.bbox_roi_extractor, maps, rois, head))
-            boxes, scores, labels = select_classes(
-                logits.softmax(-1), decode_classes(head.bbox_head, rois, deltas, limit),
-                head.test_cfg)
-        if not head.with_mask:
-            return boxes, scores, labels
-        return boxes, scores, labels, self._masks(head, maps, boxes, labels)
-
-    def _normalized(self, image: Tensor) -> Tensor:
-        if not self.normalize:
-            return image
-        preprocessor = self.model.data_preprocessor
-        if preprocessor._channel_conversion:
-            image = image.flip(1)
-        if preprocessor._enable_normalize:
-            image = (image - preprocessor.mean) / preprocessor.std
-        return image
-
-    def _padded(self, image: Tensor) -> Tensor:
-        divisor = self.divisor
-        if divisor == 1:
-            return image
-        below, right = ((divisor - n % divisor) % divisor for n in image.shape[2:])
-        return F.pad(image, (0, right, 0, below), value=self.model.data_preprocessor.pad_value)
+            proposals, _, _, of_image = self._detect_densely(self.model.rpn_head, maps, limit)
+            rois = as_rois(proposals, of_image)
+            detect = (self._detect_in_cascade if isinstance(head, CascadeRoIHead) else
+                      self._detect_in_regions)
+            found = detect(head, maps, rois, limit)
+        boxes, scores, labels, of_image = found
+        masks = [] if head is None or not head.with_mask else [
+            self._masks(head, maps, as_rois(boxes, of_image), labels)]
+        if factors is not None:
+            boxes = boxes / factors
+        return boxes, scores, labels, *[of_image] * self.batched, *masks
 
     def _detect_by_queries(self, maps: Tuple[Tensor, ...], shape: Sequence[int],
-                           limit: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+                           limit: Tensor) -> Found:
         head = self.model.bbox_head
         whole = SimpleNamespace(img_shape=shape, batch_input_shape=shape)
         logits, boxes = (layers[-1][0] for layers in head(
@@ -171,11 +172,11 @@ class TensorDetector(nn.Module):
             scores, rows = scores.topk(most)
             labels = labels[rows]
         boxes = bbox_cxcywh_to_xyxy(boxes[rows]) * limit
-        return torch.minimum(boxes.clamp(min=0), limit), scores, labels
+        return (torch.minimum(boxes.clamp(min=0), limit), scores, labels,
+                torch.zeros_like(labels))
 
     @staticmethod
-    def _detect_densely(head: BaseDenseHead, maps: Tuple[Tensor, ...],
-                        limit: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    def _detect_densely(head: BaseDenseHead, maps: Tuple[Tensor, ...], limit: Tensor) -> Found:
         """Detections of a dense head; of an RPN, the labels are levels."""
         outputs = head(maps)
         sizes = [level.shape[2:] for level in outputs[0]]
@@ -185,49 +186,60 @@ class TensorDetector(nn.Module):
             **(dict(with_stride=True) if is_yolox else {}))
         levels = [[as_rows(level, width) for level in output] for output, width in zip(
             outputs, (head.cls_out_channels, 4, 1))]
+        batch = count(maps[0])
         if is_yolox:
-            logits, deltas, objectness = (torch.cat(level) for level in levels)
-            scores, labels = logits.sigmoid().max(1)
-            scores = scores * objectness.sigmoid()[:, 0]
-            boxes = head._bbox_decode(torch.cat(priors), deltas[None])[0]
-            keep = (scores >= head.test_cfg.score_thr).nonzero()[:, 0]
-            return suppress(boxes[keep], scores[keep], labels[keep], head.test_cfg)
-        found = []
+            logits, deltas, objectness = (torch.cat(level, 1) for level in levels)
+            scores, labels = logits.sigmoid().max(2)
+            scores = scores * objectness.sigmoid()[..., 0]
+            boxes = head._bbox_decode(torch.cat(priors), deltas)
+            of_image, rows = (scores >= head.test_cfg.score_thr).nonzero().unbind(1)
+            found = [part[of_image, rows] for part in (boxes, scores, labels)]
+            return suppress(found[0], found[1], found[2], of_image, batch, head.test_cfg)
+        candidates = []
         for i, (logits, deltas, *factors) in enumerate(zip(*levels)):
-            scores = logits.sigmoid() if head.use_sigmoid_cls else logits.softmax(-1)[:, :-1]
-            classes = scores.shape[1]
-            scores, best = top(scores.flatten(), head.test_cfg.get('nms_pre', -1))
+            scores = logits.sigmoid() if head.use_sigmoid_cls else logits.softmax(-1)[..., :-1]
+            classes = scores.shape[2]
+            scores, best = top(scores.flatten(1), head.test_cfg.get('nms_pre', -1))
+            of_image = torch.arange(batch, device=best.device)[:, None].expand_as(best).flatten()
+            scores, best = scores.flatten(), best.flatten()
             rows = torch.div(best, classes, rounding_mode='floor')
-            boxes = clipped(head.bbox_coder, head.bbox_coder.decode(priors[i][rows], deltas[rows]),
-                            limit)
+            boxes = clipped(head.bbox_coder, head.bbox_coder.decode(
+                priors[i][rows], deltas[of_image, rows]), limit)
             labels = torch.full_like(best, i) if is_rpn else best - rows * classes
             # The threshold is on the score before the factor that ranks it.
             threshold = None if is_rpn else head.test_cfg.get('score_thr', 0)
             candidate = torch.ones_like(scores) if threshold is None else (scores > threshold)
             if factors:
-                scores = scores * factors[0][rows, 0].sigmoid()
-            found.append((boxes, scores, labels, candidate.bool()))
-        boxes, scores, labels, candidate = (torch.cat(parts) for parts in zip(*found))
+                scores = scores * factors[0][of_image, rows, 0].sigmoid()
+            candidates.append((boxes, scores, labels, of_image, candidate.bool()))
+        boxes, scores, labels, of_image, candidate = (torch.cat(parts) for parts in zip(
+            *candidates))
         smallest = head.test_cfg.get('min_bbox_size', -1)
         if smallest >= 0:
             sides = boxes[:, 2:] - boxes[:, :2]
             candidate = candidate & (sides[:, 0] > smallest) & (sides[:, 1] > smallest)
         keep = candidate.nonzero()[:, 0]
-        return suppress(boxes[keep], scores[keep], labels[keep], head.test_cfg)
+        return suppress(boxes[keep], scores[keep], labels[keep], of_image[keep], batch,
+                        head.test_cfg)
 
-    def _detect_in_cascade(self, head: CascadeRoIHead, maps: Tuple[Tensor, ...], boxes: Tensor,
-                           limit: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    def _detect_in_regions(self, head: StandardRoIHead, maps: Tuple[Tensor, ...], rois: Tensor,
+                           limit: Tensor) -> Found:
+        logits, deltas = head.bbox_head(self._pooled(head.bbox_roi_extractor, maps, rois, head))
+        return select_classes(logits.softmax(-1), decode_classes(
+            head.bbox_head, rois, deltas, limit), rois, count(maps[0]), head.test_cfg)
+
+    def _detect_in_cascade(self, head: CascadeRoIHead, maps: Tuple[Tensor, ...], rois: Tensor,
+                           limit: Tensor) -> Found:
         stages = []
         for stage, bbox_head in enumerate(head.bbox_head):
-            rois = as_rois(boxes)
             logits, deltas = bbox_head(
                 self._pooled(head.bbox_roi_extractor[stage], maps, rois, head))
             stages.append(logits)
             decoded = decode_classes(bbox_head, rois, deltas, limit)
             if stage + 1 < head.num_stages:
-                boxes = of_class(decoded, logits[:, :-1].argmax(1))
+                rois = torch.cat([rois[:, :1], of_class(decoded, logits[:, :-1].argmax(1))], 1)
         scores = (sum(stages) / len(stages)).softmax(-1)
-        return select_classes(scores, decoded, head.test_cfg)
+        return select_classes(scores, decoded, rois, count(maps[0]), head.test_cfg)
 
     def _pooled(self, extractor: SingleRoIExtractor, maps: Tuple[Tensor, ...], rois: Tensor,
                 head: BaseRoIHead) -> Tensor:
@@ -249,9 +261,8 @@ class TensorDetector(nn.Module):
             torch._check(features.shape[0] != 0)
         return head.shared_head(features) if head.with_shared_head else features
 
-    def _masks(self, head: BaseRoIHead, maps: Tuple[Tensor, ...], boxes: Tensor,
+    def _masks(self, head: BaseRoIHead, maps: Tuple[Tensor, ...], rois: Tensor,
                labels: Tensor) -> Tensor:
-        rois = as_rois(boxes)
         if not isinstance(head, CascadeRoIHead):
             return self._masks_of(head.mask_head, head.mask_roi_extractor, maps, rois, labels, head)
         stages = [self._masks_of(mask_head, extractor, maps, rois, labels, head)
@@ -265,19 +276,24 @@ class TensorDetector(nn.Module):
         return logits[torch.arange(labels.shape[0], device=labels.device), labels].sigmoid()
 
 
+def count(maps: Tensor) -> Any:
+    """How many images there are, of the graph where one is drawn."""
+    return shape_as_tensor(maps)[0] if torch.jit.is_tracing() else maps.shape[0]
+
+
 def as_rows(maps: Tensor, width: int) -> Tensor:
-    """(1, A * width, H, W) -> (H * W * A, width)."""
-    return maps[0].permute(1, 2, 0).reshape(-1, width)
+    """(B, A * width, H, W) -> (B, H * W * A, width)."""
+    return maps.permute(0, 2, 3, 1).reshape(maps.shape[0], -1, width)
 
 
-def as_rois(boxes: Tensor) -> Tensor:
-    """(N, 4) -> (N, 5), of image 0."""
-    return F.pad(boxes, (1, 0))
+def as_rois(boxes: Tensor, images: Tensor) -> Tensor:
+    """(N, 4) and the indices of their images, (N,), -> (N, 5)."""
+    return torch.cat([images[:, None].to(boxes), boxes], 1)
 
 
 def top(scores: Tensor, most: int) -> Tuple[Tensor, Tensor]:
-    """The highest of (N,) scores, by falling score, and their indices; all if ``most`` <= 0."""
-    number: Any = shape_as_tensor(scores)[0] if torch.jit.is_tracing() else scores.shape[0]
+    """The highest of each row of (B, N), by falling score, and indices; all if ``most`` <= 0."""
+    number: Any = shape_as_tensor(scores)[1] if torch.jit.is_tracing() else scores.shape[1]
     if most > 0:
         number = torch.clamp(number, max=most) if torch.jit.is_tracing() else min(number, most)
     return scores.topk(number)
@@ -303,25 +319,34 @@ def of_class(boxes: Tensor, labels: Tensor) -> Tensor:
     return boxes.gather(1, labels[:, None, None].expand(-1, 1, 4))[:, 0]
 
 
-def select_classes(scores: Tensor, boxes: Tensor, cfg) -> Tuple[Tensor, Tensor, Tensor]:
-    """Detections of (N, classes + 1) scores, the background's last, and (N, classes or 1, 4) boxes.
+def select_classes(scores: Tensor, boxes: Tensor, rois: Tensor, batch: Any, cfg) -> Found:
+    """Detections of (N, classes + 1) scores, the background's last, and (N, classes or 1, 4) boxes,
+    found in regions (N, 5).
     """
     rows, labels = (scores[:, :-1] > cfg.score_thr).nonzero().unbind(1)
-    return suppress(of_class(boxes[rows], labels), scores[rows, labels], labels, cfg)
+    return suppress(of_class(boxes[rows], labels), scores[rows, labels], labels,
+                    rois[rows, 0].long(), batch, cfg)
 
 
-def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, cfg) -> Tuple[Tensor, Tensor, Tensor]:
-    """Non-maximum suppression among boxes of equal labels, and the most that an image may have."""
+def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, images: Tensor, batch: Any,
+             cfg) -> Found:
+    """Non-maximum suppression among boxes of equal labels and images, (N,) each, of a batch, and
+    the most that an image may have; image by image.
+    """
     apart = boxes
     if not cfg.nms.get('class_agnostic', False):
         # As mmcv does it: classes are moved so far apart that they do not meet.
         extent = torch.cat([boxes, boxes.new_zeros(1, 4)]).max() + 1
         apart = boxes + (labels.to(boxes) * extent)[:, None]
-    keep = nms(apart, scores, float(cfg.nms.iou_threshold))
+    numbers = torch.arange(batch, device=images.device)[:, None]
+    keep = nms(apart, torch.where(numbers == images, scores, -1.0), float(cfg.nms.iou_threshold))
     most: Optional[int] = cfg.get('max_per_img')
     if most is not None and most > 0:
-        keep = keep[:most]
-    return boxes[keep], scores[keep], labels[keep]
+        # Images follow one another: the first of each has as many before it as those have kept.
+        kept = (numbers == images[keep]).sum(1)
+        first = (kept.cumsum(0) - kept)[images[keep]]
+        keep = keep[torch.arange(keep.shape[0], device=keep.device) - first < most]
+    return boxes[keep], scores[keep], labels[keep], images[keep]
 
 
 def _check(part: str, module: nn.Module) -> None:

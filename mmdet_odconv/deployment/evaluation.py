@@ -12,6 +12,8 @@ from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from .preprocessing import Preprocessing, as_taken, read_image
+
 
 class Timed(nn.Module):
     """Measures a detector, by calls of its ``test_step``."""
@@ -36,43 +38,52 @@ class ExportedDetector(nn.Module):
         runtime: the file (a :class:`~.export.Runtime`), or another that answers as it does.
         data_preprocessor: of the detector; what it does to an image, but for padding, is done.
         normalize: whether the file does that itself.
+        resize: whether the file resizes, too; then images are read again, as they are.
+        batched: whether the file takes several images of one size, and names them.
         mask_threshold: probability from which a pixel belongs to a mask; the config's
             ``test_cfg.rcnn.mask_thr_binary``, which export's JSON file repeats.
     """
 
     def __init__(self, runtime: Callable, data_preprocessor: BaseDataPreprocessor,
-                 normalize: bool = False, mask_threshold: Optional[float] = None) -> None:
+                 normalize: bool = False, mask_threshold: Optional[float] = None,
+                 resize: bool = False, batched: bool = False) -> None:
         super().__init__()
-        self.runtime, self.normalize = runtime, normalize
-        self.data_preprocessor = copy.deepcopy(data_preprocessor)
-        self.data_preprocessor.pad_size_divisor = 1
+        self.runtime, self.resize, self.batched = runtime, resize, batched
+        self.preprocessing = Preprocessing(data_preprocessor, normalize=normalize or resize)
         self.mask_cfg = Config(dict(
             mask_thr_binary=0.5 if mask_threshold is None else mask_threshold))
         self.paster = FCNMaskHead(num_convs=0, class_agnostic=True)
 
     def test_step(self, data: dict) -> List[DetDataSample]:
         """Detect in each image of a batch; predictions in pixels of the original images."""
-        results = []
-        for image, sample in zip(data['inputs'], data['data_samples']):
-            if self.normalize:
-                image = image[None].float()
-            else:
-                image = self.data_preprocessor(
-                    dict(inputs=[image], data_samples=[sample]))['inputs']
-            results.append(self._as_sample(self.runtime(image), sample))
-        return results
+        samples = data['data_samples']
+        images = [as_taken(self.preprocessing, read_image(sample.img_path) if self.resize else
+                           image, [sample]) for image, sample in zip(data['inputs'], samples)]
+        together: Dict[tuple, List[int]] = {}
+        for i, image in enumerate(images):
+            together.setdefault(tuple(image.shape) if self.batched else (i, ), []).append(i)
+        for indices in together.values():
+            outputs = self.runtime(torch.cat([images[i] for i in indices]))
+            if self.batched:
+                of_image = outputs.pop(3)
+            for place, i in enumerate(indices):
+                self._fill(samples[i], [output[of_image == place] for output in outputs]
+                           if self.batched else outputs)
+        return samples
 
-    def _as_sample(self, outputs: List[Tensor], sample: DetDataSample) -> DetDataSample:
+    def _fill(self, sample: DetDataSample, outputs: List[Tensor]) -> None:
         boxes, scores, labels, *masks = outputs
         found = InstanceData(bboxes=boxes, scores=scores, labels=labels)
+        metainfo = dict(sample.metainfo)
+        if self.resize:
+            metainfo.update(scale_factor=(1.0, 1.0))
         if masks:  # which brings the boxes to the original image too
             found, = self.paster.predict_by_feat(
-                [masks[0][:, None]], [found], [sample.metainfo], self.mask_cfg, rescale=True,
+                [masks[0][:, None]], [found], [metainfo], self.mask_cfg, rescale=True,
                 activate_map=True)
         if not masks or not len(boxes):
-            found.bboxes = boxes / boxes.new_tensor(sample.scale_factor).repeat(2)
+            found.bboxes = boxes / boxes.new_tensor(metainfo['scale_factor']).repeat(2)
         sample.pred_instances = found
-        return sample
 
 
 def evaluate(config: Config, models: Dict[str, nn.Module],

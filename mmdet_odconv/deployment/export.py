@@ -1,22 +1,15 @@
 """A detector written to a file that runs without MMDetection, and compared with the detector."""
-import copy
 import importlib
 import importlib.util
-import json
-import logging
 import warnings
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from mmcv.ops import DeformConv2d, ModulatedDeformConv2d, MultiScaleDeformableAttention
-from mmcv.transforms import Compose
 from mmdet.models import BaseDetector
-from mmdet.utils import get_test_pipeline_cfg
 from mmengine.config import Config
-from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 from torch import Tensor, nn
 
@@ -26,6 +19,7 @@ from ..checkpoints.swapping import build_model
 from ..errors import InputError
 from ..layers import FDConv2d
 from .detector import TensorDetector
+from .nchwc import block_channels
 from .operators import NEWEST_OPSET, OPSET, linspace_of_one_step
 
 FORMATS = {'onnx': '.onnx', 'pt2': '.pt2', 'torchscript': '.pt'}  # and how their files end
@@ -78,13 +72,15 @@ def load_weights(model: BaseDetector, checkpoint: str) -> dict:
 
 def export_detector(detector: TensorDetector, path: Path, images: Sequence[Tensor],
                     format: str = 'onnx', opset: int = 17, check: bool = True,
-                    force: bool = False, half: bool = False) -> List[Dict[str, float]]:
-    """Write a detector to ``path``, whole and right or not at all; any image size, one at a time.
+                    force: bool = False, half: bool = False,
+                    nchwc: bool = False) -> List[Dict[str, float]]:
+    """Write a detector to ``path``, whole and right or not at all; for images of any size.
 
     Args:
         detector: what is written.
         path: file to write.
-        images: (1, 3, H, W) each: the graph is drawn on the first, and checked on all.
+        images: (1, 3, H, W) each: the graph is drawn on the first, and checked on all; of a
+            ``batched`` detector it is drawn on two of the first, and checked on one and on three.
         format: 'onnx'; or 'pt2', a program of torch.export, or 'torchscript', which both need
             ``import mmdet_odconv`` where they are loaded. A program fixes which levels of the
             pyramid are one cell wide or high, as they are for the first image.
@@ -94,6 +90,8 @@ def export_detector(detector: TensorDetector, path: Path, images: Sequence[Tenso
         half: store weights in half precision, which a runtime makes single again as it loads them;
             those of the detector are rounded so, in place. Fuse it first: an exporter folds norms
             into rounded weights, which then are no halves.
+        nchwc: keep maps in onnxruntime's blocked layout, for it alone and x86-64: see
+            :mod:`.nchwc`.
 
     Returns:
         What :func:`compare` found.
@@ -101,32 +99,47 @@ def export_detector(detector: TensorDetector, path: Path, images: Sequence[Tenso
     Raises:
         InputError: if the file cannot be written, differs from the detector, or has a name that
             does not end as its format's do, if ``opset`` is out of range, if what writes or checks
-            it is not installed, or if the detector has a layer that the format does not take.
+            it is not installed, or if the detector has a layer, batches or a resizing that the
+            format does not take.
     """
     if not OPSET <= opset <= NEWEST_OPSET:
         raise InputError(f'opset is {opset}, where {OPSET}, the first whose RoiAlign knows where '
                          f'pixels are, to {NEWEST_OPSET} was expected.')
-    if half and format != 'onnx':
-        raise InputError(f'half is for onnx, and the format is {format}: leave half out.')
+    for name, given in ('half', half), ('nchwc', nchwc):
+        if given and format != 'onnx':
+            raise InputError(f'{name} is for onnx, and the format is {format}: leave it out.')
+    if nchwc and detector.batched:
+        raise InputError('nchwc is for one image, whose kernels a Conv takes, and not for '
+                         'batches: leave one of them out.')
     if path.suffix != FORMATS[format]:
         raise InputError(f'{path} is to be of {format}, whose files end in {FORMATS[format]} here: '
                          'give such a name.')
     check_exportable(detector.model, format)
-    if format == 'onnx' and check and importlib.util.find_spec('onnxruntime') is None:
+    if format == 'pt2' and (detector.batched or detector.preprocessing.resize):
+        raise InputError('A program of torch.export takes one image that is resized already: '
+                         'leave --batch dynamic and --resize out, or use onnx.')
+    if format == 'onnx' and (check or nchwc) and (
+            importlib.util.find_spec('onnxruntime') is None):
         raise InputError("onnxruntime is not installed, which checks the file: pip install "
-                         "'.[deploy]' in a checkout, or give --no-check.")
+                         "'.[deploy]' in a checkout, or give --no-check, and no --nchwc.")
     if half:
         detector.load_state_dict(halved(detector.state_dict()))
     with writing(path, force) as temporary, torch.no_grad(), warnings.catch_warnings():
         # Of branches on shapes, which are the same for every image.
         warnings.simplefilter('ignore')
         image = images[0]
+        if detector.batched:
+            image = image.repeat(2, 1, 1, 1)
+            images = [*images, torch.cat([images[0], images[0].flip(3), images[0]])]
         if format == 'torchscript':
             torch.jit.trace(detector, image, check_trace=False).save(str(temporary))
         elif format == 'pt2':
             torch.export.save(as_program(detector, image), temporary)
         else:
-            write_onnx(detector, image, temporary, detector.output_names, {0: 'detections'}, opset)
+            write_onnx(detector, image, temporary, detector.output_names, {0: 'detections'}, opset,
+                       detector.batched)
+            if nchwc:
+                block_channels(temporary)
             if half:
                 store_halves(temporary)
         return compare(detector, Runtime(temporary), images) if check else []
@@ -166,9 +179,10 @@ def as_program(detector: TensorDetector, image: Tensor) -> torch.export.Exported
 
 
 def write_onnx(module: nn.Module, image: Tensor, path: Path, names: Sequence[str],
-               output_axes: Dict[int, str], opset: int = 17) -> None:
-    """Write a function of one image, (1, 3, H, W) of any size, and its outputs' names and axes."""
-    axes = {'image': {2: 'height', 3: 'width'}, **dict.fromkeys(names, output_axes)}
+               output_axes: Dict[int, str], opset: int = 17, batched: bool = False) -> None:
+    """Write a function of images, (1 or B, 3, H, W) of any size; its outputs' names and axes."""
+    axes = {'image': {**({0: 'images'} if batched else {}), 2: 'height', 3: 'width'},
+            **dict.fromkeys(names, output_axes)}
     with linspace_of_one_step(opset):
         torch.onnx.export(module, (image, ), str(path), dynamo=False, opset_version=opset,
                           input_names=['image'], output_names=list(names), dynamic_axes=axes)
@@ -232,7 +246,7 @@ class Runtime:
 
     @torch.no_grad()
     def __call__(self, image: Tensor) -> List[Tensor]:
-        """What the exported module answers, of an image (1, 3, H, W).
+        """What the exported module answers, of images as it takes them.
 
         Raises:
             InputError: if the file is a program that takes no image of that size.
@@ -246,7 +260,10 @@ class Runtime:
 
 def compare(detector: TensorDetector, runtime: Runtime,
             images: Sequence[Tensor]) -> List[dict]:
-    """How far a file is from its detector on each image: detections, px, score, mask.
+    """How far a file is from its detector on each image or batch: detections, px, score, mask.
+
+    Where an image has as many detections as it may, a runtime's rounding decides which of those
+    of equal score are the last; such are not compared.
 
     Raises:
         InputError: if they differ by more than a runtime's rounding.
@@ -257,14 +274,23 @@ def compare(detector: TensorDetector, runtime: Runtime,
             expected = detector(image)
         got = runtime(image)
         size = f'{image.shape[3]}x{image.shape[2]}'
-        boxes, labels = (torch.cdist(a.double(), b.double(), p=float('inf')) for a, b in (
-            (expected[0], got[0]), (expected[2][:, None], got[2][:, None])))
-        # By place and label: scores that differ by a rounding may change places.
-        same = (boxes + labels.sign() * 1e6).argmin(1) if len(got[0]) else got[2]
-        if len(got[0]) != len(expected[0]):
-            raise InputError(f'The file detects {len(got[0])} objects in an image of {size}, and '
+        # By place, label and image: scores that differ by a rounding may change places.
+        apart = torch.cdist(expected[0].double(), got[0].double(), p=float('inf'))
+        for a, b in list(zip(expected, got))[2:3 + detector.batched]:
+            apart = apart + (a[:, None] != b) * 1e6
+        number = len(got[0])
+        if number != len(expected[0]):
+            raise InputError(f'The file detects {number} objects in an image of {size}, and '
                              f'not the {len(expected[0])} of the detector: it was not exported '
                              'rightly.')
+        if number:
+            alone = [apart.amin(i) > BOX_TOLERANCE for i in (1, 0)]
+            if alone[0].sum() == alone[1].sum() and all((of | ~one).all() for of, one in zip(
+                    (_last_of_many(detector, outputs) for outputs in (expected, got)), alone)):
+                expected, got = ([output[~one] for output in outputs]
+                                 for outputs, one in zip((expected, got), alone))
+                apart = apart[~alone[0]][:, ~alone[1]]
+        same = apart.argmin(1) if len(got[0]) else got[2]
         if len(same.unique()) != len(same):
             raise InputError(f'The file differs from the detector in an image of {size}, where it '
                              'detects as many objects, but others: it was not exported rightly.')
@@ -272,100 +298,27 @@ def compare(detector: TensorDetector, runtime: Runtime,
                   for name, a, b in zip(detector.output_names, got, expected)}
         # NaNs are not within any tolerance.
         if not (errors['boxes'] <= BOX_TOLERANCE and errors['labels'] == 0 and all(
-                errors.get(name, 0) <= SCORE_TOLERANCE for name in ('scores', 'masks'))):
+                errors.get(name, 0) <= SCORE_TOLERANCE for name in ('scores', 'masks', 'images'))):
             raise InputError(f'The file differs from the detector in an image of {size}, by '
                              f'{errors["boxes"]:.2g} px and {errors["scores"]:.2g} in score: it '
                              'was not exported rightly.')
-        found.append(dict(size=size, detections=len(got[0]), **errors))
+        found.append(dict(size=size, detections=number, **errors))
     return found
 
 
-def preprocessing(config: Config, model: BaseDetector, normalize: bool,
-                  classes: Sequence[str]) -> dict:
-    """What is to be done to an image before the file, and what comes out, for a JSON file.
-
-    How it is resized is None where the config has no test set.
-    """
-    pipeline = _test_pipeline(config)
-    preprocessor = model.data_preprocessor
-    done = dict(
-        resize=pipeline and [
-            {key: _kind(step) if key == 'type' else value for key, value in step.items()
-             if key != '_scope_'}
-            for step in pipeline if _kind(step) in ('Resize', 'FixScaleResize', 'Pad')],
-        channels='BGR' if normalize or not preprocessor._channel_conversion else 'RGB',
-        layout='(1, 3, height, width), float32', values='0 to 255')
-    if preprocessor._enable_normalize and not normalize:
-        done.update(values='(value - mean) / std, of values from 0 to 255',
-                    mean=preprocessor.mean.flatten().tolist(),
-                    std=preprocessor.std.flatten().tolist())
-    return dict(
-        input=done, classes=list(classes),
-        outputs=dict(
-            boxes='(N, 4): x1, y1, x2, y2 in pixels of the resized image', scores='(N,), falling',
-            labels='(N,): indices of classes',
-            masks='(N, h, w), where there is a mask head: probabilities on a grid over each box'),
-        **({} if mask_threshold(model) is None else dict(mask_threshold=mask_threshold(model))))
+def _last_of_many(detector: TensorDetector, outputs: Sequence[Tensor]) -> Tensor:
+    """Which detections, (N,), are as likely as the last of an image that has all that it may."""
+    scores, labels = outputs[1:3]
+    of_image = outputs[3] if detector.batched else torch.zeros_like(labels)
+    found = torch.zeros_like(labels, dtype=torch.bool)
+    for image in of_image.unique():
+        own = of_image == image
+        if own.sum() == detector.most:
+            found |= own & (scores <= scores[own].min() + SCORE_TOLERANCE)
+    return found
 
 
 def mask_threshold(model: BaseDetector) -> Optional[float]:
     """Probability from which a pixel belongs to a mask; None where there is no mask head."""
     head = getattr(model, 'roi_head', None)
     return head.test_cfg.mask_thr_binary if head is not None and head.with_mask else None
-
-
-def _test_pipeline(config: Config) -> Optional[List[dict]]:
-    """Steps of the test set's pipeline, or of the first of several; None if there is none."""
-    if not config.get('test_dataloader'):
-        return None
-    return [step.to_dict() for step in get_test_pipeline_cfg(config)]
-
-
-def _kind(step: dict) -> str:
-    """The name of a step's type, which pure Python configs give as a class."""
-    kind = step['type']
-    return (kind if isinstance(kind, str) else kind.__name__).rpartition('.')[2]
-
-
-def write_preprocessing(described: dict, path: Path, force: bool) -> None:
-    """Write :func:`preprocessing` to a file; InputError if it exists and ``force`` is not set."""
-    with writing(path, force) as temporary:
-        temporary.write_text(json.dumps(described, indent=2) + '\n')
-
-
-def example_images(config: Config, model: BaseDetector, normalize: bool,
-                   files: Sequence[str]) -> List[Tensor]:
-    """Images of two sizes as an exported file takes them.
-
-    Args:
-        config: whose test pipeline resizes them.
-        model: whose preprocessor normalises them.
-        normalize: whether the file does that itself.
-        files: images; the first of the test set if empty, and noise if there is none, or it is
-            not here, of which the log warns.
-
-    Raises:
-        InputError: if there are files and no test pipeline.
-    """
-    if files:
-        steps = _test_pipeline(config)
-        if steps is None:
-            raise InputError('The config has no test_dataloader, whose pipeline prepares images: '
-                             'give one, or no image.')
-        pipeline = Compose([step for step in steps if _kind(step) != 'LoadAnnotations'])
-        inputs = [pipeline(dict(img_path=str(file), img_id=0))['inputs'] for file in files]
-    else:
-        try:
-            inputs = [DATASETS.build(config.test_dataloader.dataset)[0]['inputs']]
-        except (AttributeError, OSError) as error:
-            why = error if isinstance(error, OSError) else 'the config has no test_dataloader'
-            print_log(f'No image of a test set is here ({why}): noise takes its place, in which a '
-                      'detector may find nothing. Give --image.', logger='current',
-                      level=logging.WARNING)
-            inputs = [torch.randint(0, 256, (3, 224, 320))]
-    preprocessor = copy.deepcopy(model.data_preprocessor)
-    preprocessor.pad_size_divisor = 1
-    images = [image[None].float() if normalize else preprocessor(
-        dict(inputs=[image], data_samples=None))['inputs'] for image in inputs]
-    smaller = F.interpolate(images[0], scale_factor=(0.9, 0.75), mode='bilinear')
-    return [*images, smaller]

@@ -9,6 +9,7 @@ import contextlib
 from typing import Iterator
 
 import mmcv.ops
+import numpy as np
 import torch
 from torch import Tensor
 from torch.onnx import symbolic_helper
@@ -20,10 +21,17 @@ INT64_MAX = 2**63 - 1
 
 @torch.library.custom_op('mmdet_odconv::nms', mutates_args=())
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Indices of the boxes, (N, 4), that remain, by falling score; see :func:`mmcv.ops.nms`."""
-    if not len(boxes):
-        return torch.empty(0, dtype=torch.int64, device=boxes.device)
-    return mmcv.ops.nms(boxes, scores, iou_threshold)[1]
+    """Indices of the boxes, (N, 4), that remain in each image; see :func:`mmcv.ops.nms`.
+
+    Of B images, scores are (B, N), below zero where a box is not the image's. Images follow one
+    another, and in each its boxes, by falling score.
+    """
+    kept = [torch.empty(0, dtype=torch.int64, device=boxes.device)]
+    for of_image in scores:
+        found = (of_image >= 0).nonzero()[:, 0]
+        if len(found):
+            kept.append(found[mmcv.ops.nms(boxes[found], of_image[found], iou_threshold)[1]])
+    return torch.cat(kept)
 
 
 @nms.register_fake
@@ -50,12 +58,13 @@ def _(maps, rois, height, width, spatial_scale, sampling_ratio, aligned):
 @symbolic_helper.parse_args('v', 'v', 'f')
 def _nms_to_onnx(g, boxes, scores, iou_threshold):
     def constant(value):
-        return g.op('Constant', value_t=torch.tensor(value))
+        return g.op('Constant', value_t=torch.as_tensor(value))
 
+    # Images are its classes, so that they share the boxes.
     selected = g.op(
         'NonMaxSuppression', g.op('Unsqueeze', boxes, constant([0])),
-        g.op('Unsqueeze', scores, constant([0, 1])), constant([INT64_MAX]),
-        g.op('Constant', value_t=torch.tensor([iou_threshold], dtype=torch.float32)))
+        g.op('Unsqueeze', scores, constant([0])), constant([INT64_MAX]),
+        *(constant(np.float32([value])) for value in (iou_threshold, -0.5)))
     return g.op('Squeeze', g.op('Gather', selected, constant([2]), axis_i=1), constant([1]))
 
 

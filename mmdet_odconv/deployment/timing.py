@@ -1,6 +1,7 @@
 """A dynamic network and its static counterpart, side by side in every way to run them."""
 import copy
 import importlib.util
+import shutil
 import statistics
 import tempfile
 import time
@@ -20,8 +21,10 @@ from .detector import TensorDetector
 from .evaluation import ExportedDetector, evaluate
 from .export import Runtime, check_exportable, load_detector, write_onnx
 from .fusion import fuse
+from .nchwc import block_channels
 
-FORMATS = ('eager', 'compile', 'onnxruntime', 'openvino')
+FORMATS = ('eager', 'compile', 'onnxruntime', 'onnxruntime-nchwc', 'openvino')
+NCHWC = '-nchwc'
 TOLERANCE = 1e-3  # of a map, relative to its largest value
 
 
@@ -73,20 +76,26 @@ def time_formats(models: Dict[str, nn.Module], image: Tensor, formats: Sequence[
     Returns:
         A row for each format and model: format, model, ms (median over rounds), MB (of weights,
         or of the file), error (largest of any output, relative to the output's largest value) and
-        what ``score`` says. Formats whose runtime is not installed have none.
+        what ``score`` says. Formats whose runtime is not installed have none; of a format that
+        does not take the model, a row says only why it was ``refused``.
 
     Raises:
         InputError: if a format's runtime answers something else.
     """
     formats = [kind for kind in formats if is_installed(kind)]
     rows: List[dict] = []
+    refused: List[dict] = []
     runs: List[Callable] = []
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for name, model in models.items():
             expected = model(image)
             path = Path(folder) / f'{name}.onnx'
             for kind in formats:
-                run, size = _prepared(kind, model, image, path)
+                try:
+                    run, size = _prepared(kind, model, image, path)
+                except InputError as reason:
+                    refused.append(dict(format=kind, model=name, refused=str(reason)))
+                    continue
                 error = torch.tensor([_error(a, b) for a, b in zip(run(image), expected)]
                                      ).max().item()
                 if not error <= TOLERANCE:  # nor NaN, which a tensor's maximum keeps
@@ -104,12 +113,13 @@ def time_formats(models: Dict[str, nn.Module], image: Tensor, formats: Sequence[
     if score is not None:
         for row, run in zip(rows, runs):
             row['mAP'] = score(run)
-    return rows
+    return rows + refused
 
 
 def is_installed(kind: str) -> bool:
     """Whether what runs a format is here."""
-    return kind in ('eager', 'compile') or importlib.util.find_spec(kind) is not None
+    return kind in ('eager', 'compile') or (
+        importlib.util.find_spec(kind.removesuffix(NCHWC)) is not None)
 
 
 def mean_average_precision(config: Config, model: TensorDetector, run: Callable) -> float:
@@ -133,7 +143,12 @@ def _prepared(kind: str, model: nn.Module, image: Tensor, path: Path) -> Tuple[C
             axes = {0: 'detections'} if names else {2: 'rows', 3: 'columns'}
             names = names or [f'map{i}' for i in range(len(model(image)))]
             write_onnx(model, image, path, names, axes)
-    return Runtime(path, kind), path.stat().st_size
+    engine = kind.removesuffix(NCHWC)
+    if engine != kind:
+        plain, path = path, path.with_stem(f'{path.stem}{NCHWC}')
+        shutil.copyfile(plain, path)
+        block_channels(path)
+    return Runtime(path, engine), path.stat().st_size
 
 
 def _error(found: Tensor, expected: Tensor) -> float:

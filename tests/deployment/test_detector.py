@@ -173,6 +173,31 @@ def test_one_stage(name, tmp_path):
     assert [f['detections'] for f in found] == [len(e.bboxes) for e in expected]
 
 
+@pytest.mark.parametrize('name', [*ONE_STAGE, 'cascade-mask-rcnn'])
+def test_several_images_at_once(name, tmp_path):
+    """Each is detected in as if it were alone, whatever the others hold."""
+    model = cascade(True) if name == 'cascade-mask-rcnn' else one_stage(name)
+    alone, batched = TensorDetector(model), TensorDetector(model, batched=True)
+    assert batched.output_names[:4] == ['boxes', 'scores', 'labels', 'images']
+    images = torch.cat([0.5 * IMAGES[0], IMAGES[0], IMAGES[0].flip(3)])
+    with torch.no_grad():
+        # So many that one has fewer, and one would have more.
+        head = model.roi_head if name == 'cascade-mask-rcnn' else model.bbox_head
+        head.test_cfg.max_per_img = -1
+        head.test_cfg.max_per_img = sorted(len(alone(image[None])[0]) for image in images)[1]
+        expected = [alone(image[None]) for image in images]
+        outputs = list(batched(images))
+    of_image = outputs.pop(3)
+    counts = sorted(len(boxes) for boxes, *_ in expected)
+    assert 0 < counts[0] < counts[1] == counts[2] == head.test_cfg.max_per_img
+    for i, wanted in enumerate(expected):
+        for a, b in zip(outputs, wanted, strict=True):
+            torch.testing.assert_close(a[of_image == i], b, rtol=1e-4, atol=1e-4)
+    found = export_detector(TensorDetector(model, batched=True), tmp_path / 'model.onnx',
+                            IMAGES[:2])
+    assert found[-1]['detections'] > found[0]['detections'] > 0
+
+
 @pytest.mark.parametrize('name', DETRS)
 def test_detr(name, tmp_path):
     model = detr(name)
@@ -210,6 +235,8 @@ def test_what_predicts_in_a_way_of_its_own_is_named():
         TensorDetector(model)
     with pytest.raises(ValueError, match='^The detector is in training mode'):
         TensorDetector(model.train())
+    with pytest.raises(InputError, match='^DETR draws a mask of padding for each image'):
+        TensorDetector(detr(DETRS[0]), batched=True)
     with pytest.raises(InputError, match='^The bbox_head of a DETR is a ConditionalDETRHead, '):
         model = detr(DETRS[0])
         model.bbox_head.__class__ = ConditionalDETRHead
@@ -229,6 +256,20 @@ def test_what_differs_is_told_apart():
         compare(detector, lambda x: [out[:7] for out in detector(x)], IMAGES[:1])
     with pytest.raises(InputError, match='^The file differs from the detector in an image of'):
         compare(detector, lambda x: [out[:1].expand_as(out) for out in detector(x)], IMAGES[:1])
+    # Of equal scores at the end of all that an image may have, rounding chooses.
+    assert detector.most == 100
+
+    def end_otherwise(image, score):
+        boxes, scores, labels = (output.clone() for output in detector(image))
+        boxes[-1], scores[-1] = boxes[-1].flip(0), scores[-1] + score
+        return boxes, scores, labels
+
+    compare(detector, lambda x: end_otherwise(x, 1e-4), IMAGES[:1])
+    with pytest.raises(InputError, match='^The file differs from the detector in an image of'):
+        compare(detector, lambda x: end_otherwise(x, 0.1), IMAGES[:1])
+    detector.most = 99
+    with pytest.raises(InputError, match='^The file differs from the detector in an image of'):
+        compare(detector, lambda x: end_otherwise(x, 1e-4), IMAGES[:1])
     detector.model.bbox_head.test_cfg.score_thr = 1
     (found, ) = compare(detector, detector, IMAGES[:1])
     assert found['detections'] == found['boxes'] == 0

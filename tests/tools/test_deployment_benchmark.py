@@ -40,20 +40,27 @@ def test_counterparts_find_the_same(config, part):
 def test_the_command(config):
     """In a process of its own: OpenVINO brings its own threads, beside which torch's may die."""
     said = digits.tool(config.parent, 'deployment/benchmark.py', config, '--size', '64', '64',
-                       '--rounds', '1', '--formats', 'eager', 'onnxruntime', 'openvino').stdout
-    rows = re.findall(r'│ (\w+) +│ (static|dynamic) .* (\S+) │', said)
-    kinds = ['eager', 'onnxruntime', *(['openvino'] if timing.is_installed('openvino') else [])]
+                       '--rounds', '1', '--formats', 'eager', 'onnxruntime', 'onnxruntime-nchwc',
+                       'openvino').stdout
+    rows = re.findall(r'│ ([\w-]+) +│ (static|dynamic) .* (\S+) │', said)
+    kinds = ['eager', 'onnxruntime', 'onnxruntime-nchwc',
+             *(['openvino'] if timing.is_installed('openvino') else [])]
     assert [row[:2] for row in rows] == [
         (kind, model) for model in ('static', 'dynamic') for kind in kinds]
     assert all(float(error) < 1e-4 for _, _, error in rows)
     assert ('not installed' in said) == ('openvino' not in kinds)
 
 
-def test_a_layer_that_no_exporter_takes_is_named(config):
+def test_a_layer_that_no_exporter_takes_is_named_below_the_others_rows(config, monkeypatch, capsys):
     config.write_text(config.read_text() + "model['backbone']['conv_cfg'] = dict(type='FDConv2d')")
-    model = timing.counterparts(Config.fromfile(config), 'backbone')['dynamic']
-    with pytest.raises(InputError, match='is an FDConv2d, whose Fourier transform of kernels'):
-        timing.time_formats(dict(dynamic=model), torch.randn(1, 3, 64, 64), ['onnxruntime'])
+    monkeypatch.setattr(sys, 'argv', ['benchmark.py', str(config), '--size', '64', '64', '--rounds',
+                                      '1', '--formats', 'eager', 'onnxruntime'])
+    runpy.run_path(str(digits.ROOT / 'tools/deployment/benchmark.py'), run_name='__main__')
+    said = ' '.join(capsys.readouterr().out.split())
+    assert re.findall(r'│ (\w+) │ (\w+) │ (refused|[\d.]+) │', said)[-1] == (
+        'onnxruntime', 'dynamic', 'refused')
+    assert said.count('is an FDConv2d, whose Fourier transform of kernels') == 1
+    assert said.count('│ static │') == 2
 
 
 def test_what_is_not_installed_is_left_out(config, monkeypatch):

@@ -18,7 +18,7 @@ import pytest
 import torch
 from mmdet.apis import DetInferencer, inference_detector
 from mmdet.models import DetDataPreprocessor
-from mmdet.registry import DATASETS
+from mmdet.registry import DATASETS, TRANSFORMS
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 
@@ -32,10 +32,15 @@ from mmdet_odconv.deployment.export import (
     Runtime,
     as_program,
     compare,
-    example_images,
     load_detector,
     mask_threshold,
-    preprocessing,
+)
+from mmdet_odconv.deployment.preprocessing import (
+    Preprocessing,
+    Resize,
+    described,
+    example_images,
+    resize_of,
 )
 
 CONFIG = """
@@ -103,11 +108,12 @@ def test_onnx(root, export, kind, options):
     assert code is None, code
     checked = re.findall(r'(\d+)x(\d+): 20 detections equal, boxes within', said)
     assert len(set(checked)) == 2
-    described = json.loads((root / f'{kind}.json').read_text())
-    assert described['classes'] == list('0123456789')
-    assert ('mean' in described['input']) == (kind == 'faster')
-    assert [step['type'] for step in described['input']['resize']] == ['Resize']
-    assert '_scope_' not in described['input']['resize'][0]
+    description = json.loads((root / f'{kind}.json').read_text())
+    assert description['classes'] == list('0123456789')
+    assert ('mean' in description['input']) == (kind == 'faster')
+    assert [step['type'] for step in description['input']['resize']] == ['Resize']
+    assert '_scope_' not in description['input']['resize'][0]
+    assert description.get('mask_threshold') == (0.5 if kind == 'mask' else None)
     if '--evaluate' in options:
         (plain, ), (exported, ) = (re.findall(rf'{name}: bbox_mAP (\S+),', said)
                                    for name in ('PyTorch', 'faster.onnx'))
@@ -152,18 +158,22 @@ test_dataloader = dict(dataset=dict(datasets=[dict(pipeline=[
 def test_how_an_image_is_resized_is_said_of_any_config(tmp_path, monkeypatch):
     (tmp_path / 'lazy.py').write_text(LAZY)
     mmcv.imwrite(np.zeros((96, 96, 3), np.uint8), str(tmp_path / 'image.png'))
-    model = SimpleNamespace(data_preprocessor=DetDataPreprocessor())
+    given = Preprocessing(DetDataPreprocessor())
     config = Config.fromfile(tmp_path / 'lazy.py')
-    assert preprocessing(config, model, False, ())['input']['resize'] == [
+    assert described(config, given, ())['input']['resize'] == [
         dict(type='Resize', scale=(64, 48), keep_ratio=True)]
-    image, _ = example_images(config, model, False, [str(tmp_path / 'image.png')])
+    image, _ = example_images(config, given, [str(tmp_path / 'image.png')])
     assert image.shape == (1, 3, 48, 48)
-    assert preprocessing(Config({}), model, False, ())['input']['resize'] is None
+    assert described(Config({}), given, ())['input']['resize'] is None
+    inside = Preprocessing(DetDataPreprocessor(), normalize=True, resize=resize_of(config))
+    assert described(config, inside, ())['input']['resize'] == 'in the file'
+    image, _ = example_images(config, inside, [str(tmp_path / 'image.png')])
+    assert image.shape == (1, 3, 96, 96)
     with pytest.raises(InputError, match='no test_dataloader, whose pipeline prepares images'):
-        example_images(Config({}), model, False, ['image.png'])
+        example_images(Config({}), given, ['image.png'])
     log = Mock()
-    monkeypatch.setattr('mmdet_odconv.deployment.export.print_log', log)
-    assert len(example_images(Config({}), model, False, [])) == 2
+    monkeypatch.setattr('mmdet_odconv.deployment.preprocessing.print_log', log)
+    assert len(example_images(Config({}), given, [])) == 2
     said, = log.call_args.args
     assert said.startswith('No image of a test set is here (the config has no test_dataloader)')
 
@@ -185,6 +195,79 @@ def test_a_detector_with_fdconv(root, export):
     torch.save(model.state_dict(), root / 'fd.pth')
     code, said = export('fd.py', 'fd.pth', '--out', 'fd.pt', '--format', 'torchscript', '--fuse')
     assert code is None and len(re.findall(r'\d+x\d+: [1-9]\d* detections equal', said)) == 2
+
+
+@pytest.mark.parametrize(('kind', 'options'), [
+    ('mask', ('--resize', '--batch', 'dynamic')), ('faster', ('--resize', '--nchwc'))])
+def test_a_file_that_takes_pictures_as_they_are(root, export, kind, options):
+    """It detects in them, and answers in their pixels, what MMDetection does."""
+    text = (root / f'{kind}.py').read_text()
+    (root / 'resizing.py').write_text(text + RESIZING)
+    code, said = export('resizing.py', f'{kind}.pth', '--out', 'whole.onnx', '--evaluate',
+                        '--force', *options)
+    assert code is None, code
+    plain, exported = (re.search(rf'{name}: bbox_mAP (\S+),', said).group(1)
+                       for name in ('PyTorch', 'whole.onnx'))
+    assert float(exported) == pytest.approx(float(plain), abs=1e-3)
+    description = json.loads((root / 'whole.json').read_text())
+    assert description['input'] == dict(
+        resize='in the file', channels='BGR', values='0 to 255',
+        layout=f'({"images" if kind == "mask" else 1}, 3, height, width), float32')
+    assert ('images' in description['outputs']) == (kind == 'mask')
+
+    config, model = detector(root, kind)
+    config.merge_from_dict(Config.fromstring(RESIZING[1:], '.py'))
+    model.cfg = config
+    pictures = [mmcv.imread(str(path)) for path in sorted((root / 'data/digits/val').iterdir())[:2]]
+    pictures = [np.concatenate([picture, picture[:40]]) for picture in pictures]
+    expected = [inference_detector(model, picture).pred_instances for picture in pictures]
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float()
+    run = Runtime(root / 'whole.onnx')
+    batches = [images] if kind == 'mask' else images.split(1)
+    for wanted, found in zip(expected, split(run, batches, kind == 'mask'), strict=True):
+        boxes, scores, labels, *_ = found
+        # OpenCV interpolates in whole numbers: a grey value may differ by one.
+        near = (torch.cdist(boxes, wanted.bboxes, p=float('inf')) < 0.5) & (
+            labels[:, None] == wanted.labels) & ((scores[:, None] - wanted.scores).abs() < 0.01)
+        assert len(boxes) == 20 and near.any(1).sum() >= 17
+
+
+RESIZING = """
+test_dataloader = dict(dataset=dict(pipeline=[
+    dict(type='LoadImageFromFile'), dict(type='Resize', scale=(250, 225), keep_ratio=True),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape',
+                                          'scale_factor'))]))
+"""
+
+
+def split(run, batches, batched):
+    """What a file answers, image by image."""
+    for batch in batches:
+        outputs = run(batch)
+        if not batched:
+            yield outputs
+            continue
+        of_image = outputs.pop(3)
+        assert (of_image.diff() >= 0).all()
+        for i in range(len(batch)):
+            yield [output[of_image == i] for output in outputs]
+
+
+@pytest.mark.parametrize('scale', [(250, 225), (1333, 800), (96, 40), (61, 61)])
+@pytest.mark.parametrize('keep_ratio', [True, False])
+@pytest.mark.parametrize('size', [(50, 75), (199, 101), (480, 640)])
+def test_resizing_is_mmcvs(size, scale, keep_ratio):
+    picture = cv2.GaussianBlur(np.random.RandomState(0).randint(0, 256, (*size, 3), np.uint8),
+                               (5, 5), 0)
+    wanted = TRANSFORMS.build(dict(type='mmdet.Resize', scale=scale, keep_ratio=keep_ratio))(
+        dict(img=picture))['img']
+    image = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
+    found = Resize(scale, keep_ratio)(image)
+    assert found.shape[2:] == wanted.shape[:2]
+    difference = (found - torch.from_numpy(wanted).permute(2, 0, 1)).abs()
+    # OpenCV's products are whole numbers, cut off: an eighth of the values is one off.
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.2
 
 
 @pytest.mark.skipif(not hasattr(torch.compiler, 'is_exporting'), reason='torch before 2.7')
@@ -238,8 +321,22 @@ def test_what_cannot_be_exported_is_named(root, export):
         assert not path.exists()
     assert refused('faster.py', 'faster.pth', '--format', 'torchscript', '--half').startswith(
         'error: half is for onnx, and the format is torchscript')
-    assert refused('faster.py', 'faster.pth', '--batch', 'dynamic').startswith(
-        'error: --batch dynamic is not for whole detectors, whose number of boxes depends')
+    for option, sentence in (('--batch', 'nchwc is for one image, whose kernels'),
+                             ('--format', 'nchwc is for onnx, and the format is torchscript')):
+        value = 'dynamic' if option == '--batch' else 'torchscript'
+        assert refused('faster.py', 'faster.pth', '--nchwc', option, value).startswith(
+            f'error: {sentence}')
+    for options in (('--batch', 'dynamic'), ('--resize', )):
+        code, _ = export('faster.py', 'faster.pth', '--out', 'refused.pt2', '--format', 'pt2',
+                         *options)
+        assert code.startswith('error: A program of torch.export takes one image that is resized')
+        assert not (root / 'refused.pt2').exists()
+    (root / 'padded.py').write_text(
+        "_base_ = './faster.py'\ntest_dataloader = dict(dataset=dict(pipeline=["
+        "dict(type='LoadImageFromFile'), dict(type='Resize', scale=(64, 64), keep_ratio=True), "
+        "dict(type='Pad', size=(64, 64)), dict(type='PackDetInputs')]))")
+    assert re.match(r"error: The test pipeline resizes by \[.*'Pad'.*\], which the graph cannot: "
+                    r'expected one bilinear Resize', refused('padded.py', 'faster.pth', '--resize'))
     assert refused('mask.py', 'faster.pth').startswith('error: faster.pth lacks ')
     (root / 'rpn.py').write_text(
         "_base_ = './faster.py'\nmodel = dict(roi_head=dict(bbox_roi_extractor=dict("
@@ -278,8 +375,7 @@ def test_the_masks_of_a_file_are_those_of_the_configs_threshold(root, monkeypatc
     config, model = detector(root, 'mask')
     assert mask_threshold(model) == 0.5
     model.roi_head.test_cfg.mask_thr_binary = 0.9
-    described = preprocessing(config, model, False, ())
-    assert mask_threshold(model) == described['mask_threshold'] == 0.9
+    assert mask_threshold(model) == 0.9
     assert mask_threshold(detector(root, 'faster')[1]) is None
     exported = ExportedDetector(TensorDetector(model), model.data_preprocessor,
                                 mask_threshold=mask_threshold(model))

@@ -55,6 +55,8 @@ def main():
         score = functools.partial(mean_average_precision, config, models['dynamic'])
         rows = time_formats(models, torch.randn(1, 3, *args.size), args.formats, args.rounds,
                             score if checkpoints else None)
+    refused = [row for row in rows if 'refused' in row]
+    rows = [row for row in rows if 'refused' not in row]
     static = {row['format']: row['ms'] for row in rows if row['model'] == 'static'}
     table = Table(title=f'{args.part}, one image of {args.size[0]}x{args.size[1]}, '
                         f'{torch.get_num_threads()} threads')
@@ -68,7 +70,12 @@ def main():
     for kind in args.formats:
         if not is_installed(kind):
             table.add_row(kind, 'not installed')
-    Console().print(table)
+    for row in refused:
+        table.add_row(row['format'], row['model'], 'refused')
+    console = Console()
+    console.print(table)
+    for sentence in dict.fromkeys(row['refused'] for row in refused):
+        console.print(sentence)
 
 
 if __name__ == '__main__':

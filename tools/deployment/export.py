@@ -21,12 +21,15 @@ from mmdet_odconv.deployment.evaluation import ExportedDetector, evaluate
 from mmdet_odconv.deployment.export import (
     FORMATS,
     Runtime,
-    example_images,
     export_detector,
     load_detector,
     mask_threshold,
-    preprocessing,
-    write_preprocessing,
+)
+from mmdet_odconv.deployment.preprocessing import (
+    described,
+    example_images,
+    resize_of,
+    write_description,
 )
 from mmdet_odconv.engine.launch import errors_explained
 
@@ -42,9 +45,16 @@ def main():
     parser.add_argument('--fuse', action='store_true', help='fold norms into convolutions first')
     parser.add_argument('--half', action='store_true',
                         help='fuse, and store weights in half precision')
-    parser.add_argument('--batch', choices=['1', 'dynamic'], default='1')
+    parser.add_argument('--nchwc', action='store_true',
+                        help="keep maps in onnxruntime's blocked layout: faster there, on x86-64 "
+                        'alone, above all depthwise layers')
+    parser.add_argument('--batch', choices=['1', 'dynamic'], default='1',
+                        help='dynamic: several images of one size at once')
     parser.add_argument('--normalize', action='store_true',
                         help='take BGR images of 0 to 255 and normalise them in the graph')
+    parser.add_argument('--resize', action='store_true',
+                        help='take BGR images as they are, and resize and normalise them in the '
+                        'graph')
     parser.add_argument('--image', action='append', default=[], metavar='FILE',
                         help='to check with; if not given, the first of the test set, or noise '
                         'where that is not here')
@@ -54,26 +64,24 @@ def main():
     parser.add_argument('--force', action='store_true', help='replace files that exist')
     args = parser.parse_args()
     with errors_explained():
-        if args.batch == 'dynamic':
-            raise InputError('--batch dynamic is not for whole detectors, whose number of boxes '
-                             'depends on the image: export the backbone with torch.export or '
-                             'torch.onnx.export, as docs/guides/deployment.md shows.')
         for image in args.image:
             if not Path(image).is_file():
                 raise InputError(f'{image} does not exist: give another --image.')
-        described = args.out.parent / f'{args.out.stem}.json'
-        for file in (args.out, described):
+        description = args.out.parent / f'{args.out.stem}.json'
+        for file in (args.out, description):
             refuse_existing(file, args.force)
         config = Config.fromfile(config_path(args.config))
         init_default_scope(config.get('default_scope', 'mmdet'))
         model, classes = load_detector(config, args.checkpoint)
         detector = TensorDetector(fuse(model) if args.fuse or args.half else model,
-                                  args.normalize)
-        images = example_images(config, model, args.normalize, args.image)
+                                  args.normalize or args.resize,
+                                  resize_of(config) if args.resize else None,
+                                  args.batch == 'dynamic')
+        images = example_images(config, detector.preprocessing, args.image)
         checked = export_detector(detector, args.out, images, args.format, args.opset,
-                                  not args.no_check, args.force, args.half)
-        write_preprocessing(preprocessing(config, model, args.normalize, classes),
-                            described, args.force)
+                                  not args.no_check, args.force, args.half, args.nchwc)
+        write_description(described(config, detector.preprocessing, classes, mask_threshold(model),
+                                    detector.batched), description, args.force)
         print(f'{args.out}: {args.out.stat().st_size / 1e6:.1f} MB')
         for found in checked:
             print('{size}: {detections} detections equal, boxes within {boxes:.1g} px, scores '
@@ -82,7 +90,7 @@ def main():
             print('Nothing was detected in them, so that no box was compared: give --image.')
         if args.evaluate:
             exported = ExportedDetector(Runtime(args.out), model.data_preprocessor, args.normalize,
-                                        mask_threshold(model))
+                                        mask_threshold(model), args.resize, detector.batched)
             with tempfile.TemporaryDirectory() as work_dir:
                 results = evaluate(config, {'PyTorch': model, args.out.name: exported}, work_dir)
             for name, (metrics, milliseconds) in results.items():
