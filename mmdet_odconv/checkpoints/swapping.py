@@ -176,7 +176,7 @@ def _change_of(backbone: dict, conv_cfg: dict, batch_size: Optional[int]) -> Dic
     name = cls.__name__
     if name in SWAPS.values() or 'dynamic_convs' in vars(cls):
         raise InputError(f'{name} is dynamic already.')
-    parameters = _parameters(cls)
+    parameters = parameters_of(cls)
     parameter = parameters.get('conv_cfg')
     static = backbone.get('conv_cfg', getattr(parameter, 'default', None))
     if isinstance(static, dict):
@@ -202,7 +202,7 @@ def _change_of(backbone: dict, conv_cfg: dict, batch_size: Optional[int]) -> Dic
     raise InputError(f'{name} takes no conv_cfg.')
 
 
-def _parameters(cls: type) -> Dict[str, inspect.Parameter]:
+def parameters_of(cls: type) -> Dict[str, inspect.Parameter]:
     """Of a backbone and, as many leave what they share to their bases' signatures, of those."""
     return {name: parameter for base in reversed(cls.__mro__) if '__init__' in vars(base)
             for name, parameter in inspect.signature(
@@ -213,7 +213,7 @@ def _defaults_of(cls: type, dynamic: type, given: dict) -> Dict[str, object]:
     """What a backbone of MMPose or MMPretrain does by default and mmdet's of that name does not."""
     if issubclass(dynamic, cls):
         return {}
-    theirs, ours = _parameters(cls), _parameters(next(
+    theirs, ours = parameters_of(cls), parameters_of(next(
         base for base in dynamic.__mro__ if base.__name__ == cls.__name__))
     unknown = sorted(given.keys() - ours.keys() - {'type', '_scope_', '_delete_'})
     if unknown:

@@ -20,6 +20,7 @@ from ..checkpoints.swapping import (
     importing_plugin,
     locate_config,
     norm_of_few,
+    parameters_of,
 )
 from ..errors import InputError
 from ..layers import DynamicConv2d
@@ -142,28 +143,35 @@ def _classes(splits: Dict[str, Split]) -> Tuple[Tuple[str, ...], List[str]]:
 def _start(config: Config, weights: Optional[str]) -> Tuple[Dict[str, Any], List[str]]:
     """What the new config says of where training starts, and warnings."""
     backbone = config.model.get('backbone', {})
-    if weights is None:
-        given = backbone.get('init_cfg') or {}
-        file = given.get('checkpoint', '') if isinstance(given, dict) else ''
-        missing = file and '://' not in file and not Path(file).is_file()
-        return {}, [f'the base starts from {file}, which is not here: put it there, or choose '
-                    'another start with --weights'] if missing else []
-    # A detector's weights, which the base may start from, would come over a backbone's.
-    no_detector = dict(load_from=None) if config.get('load_from') else {}
     cls = MODELS.get(backbone['type']) if 'type' in backbone else None
     conv_cfg = {**getattr(cls, 'dynamic_conv_cfg', {}), **(backbone.get('conv_cfg') or {})}
     layer = conv_cfg.get('type')
     layer = MODELS.get(layer) if isinstance(layer, str) else layer
     is_dynamic = any(isinstance(part, type) and issubclass(
         part, (DynamicBackbone, DynamicConv2d)) for part in (cls, layer))
+    # Of an attention that is not loaded, but learns anew.
+    norm = norm_of_few(layer, conv_cfg, config.train_dataloader.get('batch_size')) if (
+        is_dynamic) else {}
+    # As the class has them where the config is silent.
+    given = {name: backbone.get(name, parameter.default) for name, parameter in (
+        parameters_of(cls) if isinstance(cls, type) else {}).items()}
+    if weights is None:
+        init = backbone.get('init_cfg') or {}
+        file = init.get('checkpoint', '') if isinstance(init, dict) else ''
+        missing = file and '://' not in file and not Path(file).is_file()
+        anew = not init and not config.get('load_from') and not given.get('norm_eval')
+        return dict(backbone=dict(conv_cfg=norm)) if anew and norm else {}, [
+            f'the base starts from {file}, which is not here: put it there, or choose another '
+            'start with --weights'] if missing else []
+    # A detector's weights, which the base may start from, would come over a backbone's.
+    no_detector = dict(load_from=None) if config.get('load_from') else {}
     if weights == 'none':
         start: Dict[str, Any] = {'init_cfg': None, **{
             key: value for key, value in (('frozen_stages', -1), ('norm_eval', False))
-            if key in backbone}}
+            if given.get(key, value) != value}}
         if (backbone.get('norm_cfg') or {}).get('requires_grad') is False:
             start['norm_cfg'] = dict(requires_grad=True)
-        norm = norm_of_few(layer, conv_cfg, config.train_dataloader.get('batch_size'))
-        if is_dynamic and norm:
+        if norm:
             start['conv_cfg'] = norm
         return dict(backbone=start, **no_detector), []
     state = {} if '://' in weights else read_weights(weights)[0]
@@ -185,6 +193,8 @@ def _start(config: Config, weights: Optional[str]) -> Tuple[Dict[str, Any], List
     # Gates that begin at 1 leave a static kernel, and what an optimizer does to it, as it is.
     if inflated and conv_cfg.get('type') == 'ODConv2d' and 'gate_scale' not in conv_cfg:
         start['conv_cfg'] = dict(gate_scale=2)
+    if inflated and norm and not given.get('norm_eval'):
+        start['conv_cfg'] = {**start.get('conv_cfg', {}), **norm}
     return dict(backbone=start, **no_detector), []
 
 

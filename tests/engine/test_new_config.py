@@ -133,6 +133,26 @@ def test_attention_from_scratch_has_no_batchnorm_of_few_images(data, tmp_path, b
         assert not any('attention' in n and 'running_mean' in n for n in model.state_dict())
 
 
+def test_what_a_backbone_does_by_default_does_not_hold_back_training_from_scratch(data, tmp_path):
+    """Darknet evaluates its norms, and ResNet freezes nothing, where the config says neither."""
+    new_config(data, 'mmdet::yolo/yolov3_d53_8xb8-320-273e_coco', tmp_path / 'my.py', 'none')
+    backbone = Config.fromfile(tmp_path / 'my.py').model.backbone
+    assert backbone.norm_eval is False and 'frozen_stages' not in backbone
+    assert not build_model(Config.fromfile(tmp_path / 'my.py')).backbone.norm_eval
+
+
+@pytest.mark.parametrize(('weights', 'norm'), [
+    (None, dict(type='LN')), ('torchvision://resnet18', dict(type='LN'))])
+def test_an_attention_that_is_not_loaded_has_no_batchnorm_of_few_images(data, tmp_path, weights,
+                                                                        norm):
+    for base, found in (('faster-rcnn_od-r18-k4_fpn_digits', norm),
+                        ('mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco', None),
+                        ('faster-rcnn_od-r50-k4_fpn_1x_coco', None)):  # whose norms do not train
+        new_config(data, base, tmp_path / 'my.py', weights, force=True)
+        backbone = Config.fromfile(tmp_path / 'my.py').model.backbone
+        assert (backbone.get('conv_cfg') or {}).get('norm_cfg') == found
+
+
 @pytest.mark.parametrize(('base', 'attention', 'kind', 'gate_scale'), [
     ('faster-rcnn_od-r50-k4_fpn_1x_coco', None, 'StaticPretrained', 2),
     ('faster-rcnn_od-r50-k4_fpn_1x_coco', 'layer1.0.conv1.attention.fc.weight', 'Pretrained', None),
