@@ -21,7 +21,7 @@ def equal_budget(config: Config, iterations: int, seed: int, evaluations: int = 
     """
     # By iteration, because MMEngine resumes an epoch at its beginning and would train longer.
     config.train_cfg = dict(type='IterBasedTrainLoop', max_iters=iterations,
-                            val_interval=max(1, iterations // evaluations))
+                            val_interval=math.ceil(iterations / evaluations))
     config.param_scheduler = [
         dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0,
              end=max(1, iterations // 10)),

@@ -33,6 +33,14 @@ def test_the_shortest_budget_is_logged_once(given, iterations, expected):
     assert config.default_hooks.logger.interval == expected
 
 
+@pytest.mark.parametrize(('iterations', 'evaluations', 'at'), [
+    (750, 3, [250, 500, 750]), (500, 3, [167, 334, 500]), (2, 5, [1, 2])])
+def test_a_curve_has_as_many_points_as_asked_for(iterations, evaluations, at):
+    config = Config(dict(log_processor={}, default_hooks=dict(logger={}, checkpoint={})))
+    interval = equal_budget(config, iterations, 0, evaluations).train_cfg.val_interval
+    assert [i for i in range(1, iterations + 1) if i % interval == 0 or i == iterations] == at
+
+
 def test_attention_is_annealed_over_a_third_of_the_iterations():
     hooks = [dict(type=kind, end_epoch=9) for kind in (
         'TemperatureAnnealingHook', 'WarehouseWarmUpHook', 'InputCheckHook')]

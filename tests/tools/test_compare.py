@@ -211,8 +211,8 @@ def test_options_are_read_as_cfg_options_are(module):
 def record(config, seed, iterations=750, budget='iterations', score=0.5, seconds=1.0):
     return {'config': config, 'place': int(config != 'static'), 'seed': seed, 'budget': budget,
             'iterations': iterations, 'map': score, 'seconds': seconds, 'params': 1, 'gmadds': 1,
-            'data': 'digits', 'split': 'test', 'batch_size': 4, 'cpu': 'EPYC', 'threads': 1,
-            'torch': '2.13.0'}
+            'data': 'digits', 'images': dict(train=9, test=9), 'split': 'test', 'batch_size': 4,
+            'cpu': 'EPYC', 'threads': 1, 'torch': '2.13.0'}
 
 
 @pytest.mark.parametrize(('seconds', 'ends', 'expected'), [
@@ -227,6 +227,10 @@ def test_equal_time_is_told_where_it_is_known(module, seconds, ends, expected):
     assert row['difference'][0] == pytest.approx(0.2)
     found = row['at_equal_time']
     assert found is None if expected is None else found[0] == pytest.approx(expected)
+    runs[1]['seconds'] = 1.03  # a quotient of 0.97, and what differs by a hundredth is the same
+    assert module.affordable({0: runs[1]}, {0: runs[0]}) == 712
+    runs[1]['seconds'] = 1.008
+    assert module.affordable({0: runs[1]}, {0: runs[0]}) == 750
     runs[0]['threads'] = 2  # as the first config, alone, was run at first
     assert module.affordable({0: runs[1]}, {0: runs[0]}) is None
 
@@ -240,11 +244,11 @@ def test_more_seeds_leave_the_iterations_of_equal_time(module, monkeypatch):
                 'config': entry.name}
 
     monkeypatch.setattr(module, 'run_entry', run_entry)
-    monkeypatch.setattr(module, 'size_of', lambda entry: {})
+    monkeypatch.setattr(module, 'size_of', lambda entry, data: {})
     for seeds in ([0], [0, 1]):
         records = module.train_all(argparse.Namespace(
             configs=[f'faster-rcnn_{name}_fpn_digits.py' for name in ('r18', 'od-r18-k1')],
-            seeds=seeds, iterations=750, equal_time=True, jobs=1))
+            seeds=seeds, iterations=750, equal_time=True, jobs=1, data=None))
         assert [(run['seed'], run['iterations']) for run in records
                 if run['budget'] == 'time'] == [(seed, 600) for seed in seeds]
 
@@ -254,10 +258,10 @@ def test_equal_time_of_runs_that_were_timed_unlike(module, monkeypatch, capsys):
         return {**record('', seed), 'config': entry.name, 'threads': 1 + entry.place}
 
     monkeypatch.setattr(module, 'run_entry', run_entry)
-    monkeypatch.setattr(module, 'size_of', lambda entry: {})
+    monkeypatch.setattr(module, 'size_of', lambda entry, data: {})
     module.train_all(argparse.Namespace(
         configs=[f'faster-rcnn_{name}_fpn_digits.py' for name in ('r18', 'od-r18-k1')],
-        seeds=[0], iterations=750, equal_time=True, jobs=1))
+        seeds=[0], iterations=750, equal_time=True, jobs=1, data=None))
     assert ('faster-rcnn_od-r18-k1_fpn_digits: equal time is not known, since no seed of it was '
             'run as faster-rcnn_r18_fpn_digits was' in capsys.readouterr().err)
 
@@ -283,7 +287,7 @@ def test_what_is_queued_when_it_is_interrupted_is_not_begun(module, monkeypatch,
 
     monkeypatch.setattr(module, 'run_entry', run_entry)
     monkeypatch.setattr(module, 'track', lambda runs, **options: queued.set() or runs)
-    monkeypatch.setattr(module, 'size_of', lambda entry: {})
+    monkeypatch.setattr(module, 'size_of', lambda entry, data: {})
     monkeypatch.setattr(sys, 'argv', ['compare.py', 'faster-rcnn_r18_fpn_digits.py', '--seeds',
                                       '0', '1', '2', '3'])
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may ignore it
@@ -297,12 +301,79 @@ def test_what_is_queued_when_it_is_interrupted_is_not_begun(module, monkeypatch,
 def test_a_detector_that_nothing_counts_is_compared(module, tmp_path):
     runs = [record('static', 0), record('dynamic', 0)]
     del runs[1]['params'], runs[1]['gmadds']
-    rows, _ = module.report([{**run, 'images': {}} for run in runs], tmp_path, Mock())
+    rows, _ = module.report(runs, tmp_path, Mock())
     assert rows[1]['params'] is None and (tmp_path / 'compare.png').is_file()
     assert '| dynamic | 0.500 | 0 | +0.000 |  |  | 1.00 |' in (tmp_path / 'compare.md').read_text()
 
 
-@pytest.mark.parametrize(('option', 'value'), [('--jobs', 0), ('--evaluations', 0)])
+def test_configs_that_their_backbones_do_not_tell_apart_go_by_their_files(module, tmp_path):
+    """As a config and what swap_backbone makes of it, or two detectors of one backbone."""
+    names = ('faster-rcnn_r18_fpn_digits', 'faster-rcnn_r18_fpn_digits_odconv-k4,load_from=a.pth')
+    assert list(module.short_names(names).values()) == [
+        'faster-rcnn_r18_fpn_digits', 'faster-rcnn_r18_fpn_digits_odconv-k4, loaded']
+    assert list(module.short_names([names[0], 'faster-rcnn_od-r18-k1_fpn_digits']).values()) == [
+        'r18', 'od-r18-k1']
+    runs = [{**record(name, 0), 'place': place} for place, name in enumerate(names)]
+    module.report(runs, tmp_path, Mock())
+    assert '| faster-rcnn_r18_fpn_digits_odconv-k4, loaded |' in (
+        tmp_path / 'compare.md').read_text()
+
+
+def test_a_run_interrupted_before_its_last_evaluation_is_evaluated(module, tmp_path, monkeypatch):
+    """Its last checkpoint is there, and no iteration is left to train."""
+    seen = []
+
+    def tool(name, given, *rest, log, threads):
+        config = Config.fromfile(given)
+        if name == 'train.py':
+            (tmp_path / 'last_checkpoint').write_text('iter_2.pth')
+            scalars = tmp_path / '1/vis_data/scalars.json'
+            scalars.parent.mkdir(parents=True, exist_ok=True)
+            scalars.write_text('{"loss": 3, "iter": 2, "time": 1}\n'
+                               '{"coco/bbox_mAP": 0.2, "step": 1}\n')
+            return
+        seen.append(config.test_dataloader)
+        metrics = Path(rest[-1]) / '1/1.json'
+        metrics.parent.mkdir(parents=True)
+        metrics.write_text(json.dumps({'coco/bbox_mAP': 0.5 if seen[-1] == 'val' else 0.4}))
+
+    monkeypatch.setattr(module, 'tool', tool)
+    config = Config(dict(train_cfg=dict(max_iters=2), **{
+        f'{split}_{part}': split for split in ('val', 'test')
+        for part in ('dataloader', 'evaluator')}))
+    result = module.run(config, tmp_path, tested=True)
+    assert result['map'] == 0.4 and result['curve'] == [(1, 0.2), (2, 0.5)]
+    assert seen == ['val', 'test']
+
+
+def test_what_is_written_is_json(module, tmp_path, monkeypatch, capsys):
+    """One seed has no interval, which JSON has no word for; nor is half a record read as one."""
+    monkeypatch.setattr(module, 'run_entry', lambda entry, seed, *_: {
+        **record('', seed), 'config': entry.name, 'place': entry.place})
+    monkeypatch.setattr(module, 'size_of', lambda entry, data: {})
+    monkeypatch.setattr(sys, 'argv', [
+        'compare.py', *(f'faster-rcnn_{name}_fpn_digits.py' for name in ('r18', 'od-r18-k1')),
+        '--work-dir', str(tmp_path)])
+    with pytest.raises(SystemExit):
+        module.main()
+    text = (tmp_path / 'compare.json').read_text()
+    assert 'NaN' not in text and json.loads(text)['rows'][1]['difference'][1] is None
+    (tmp_path / 'half').mkdir()
+    (tmp_path / 'half/a.json').write_text('{"config": "stat')
+    monkeypatch.setattr(sys, 'argv', ['compare.py', '--redraw', str(tmp_path / 'half')])
+    with pytest.raises(SystemExit, match='half holds JSON that cannot be read'):
+        module.main()
+
+
+def test_a_seed_that_is_named_twice(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['compare.py', 'x.py', '--seeds', '1', '0', '1'])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert '--seeds names a seed twice: 1 0 1' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(('option', 'value'), [
+    ('--jobs', 0), ('--evaluations', 0), ('--batch-size', 0)])
 def test_options_out_of_range(module, monkeypatch, capsys, option, value):
     monkeypatch.setattr(sys, 'argv', ['compare.py', 'x.py', option, str(value)])
     with pytest.raises(SystemExit):
@@ -313,6 +384,8 @@ def test_options_out_of_range(module, monkeypatch, capsys, option, value):
 @pytest.mark.parametrize(('other', 'differs'), [
     (record('dynamic', 0, 250), r'iterations \(250, 750\)'),
     ({**record('dynamic', 0), 'data': 'cells'}, r'data \(cells, digits\)'),
+    ({**record('dynamic', 0), 'images': dict(train=8, test=9)},
+     r'images \(8 train 9 test, 9 train 9 test\)'),
     ({**record('dynamic', 0), 'batch_size': 2}, r'batch size \(2, 4\)'),
     ({**record('dynamic', 0), 'place': 0}, r'the config given first \(dynamic, static\)')])
 def test_records_of_two_comparisons(module, tmp_path, monkeypatch, other, differs):

@@ -26,6 +26,7 @@ import argparse
 import ast
 import collections
 import concurrent.futures
+import copy
 import itertools
 import json
 import math
@@ -158,9 +159,14 @@ def run(config, directory, threads=1, tested=False):
         partial.replace(given)
         tool('train.py', given, '--work-dir', directory, '--resume', log=log, threads=threads)
         train, val = read_scalars(directory)
-        if not val or max(val) < config.train_cfg.max_iters:
-            return {'error': 'it was interrupted before its evaluation: remove '
-                    f'{directory} and run it again'}
+        checkpoint = last_checkpoint.read_text().strip()
+        if config.train_cfg.max_iters not in val:  # interrupted between training and evaluation
+            on_val = copy.deepcopy(config)
+            on_val.test_dataloader, on_val.test_evaluator = (
+                config.val_dataloader, config.val_evaluator)
+            on_val.dump(given.with_name('on_val.py'))
+            val[config.train_cfg.max_iters] = evaluate(
+                given.with_name('on_val.py'), checkpoint, directory / 'val', log, threads)
         # Time of the quietest logged window, 50 iterations: other work counts least.
         result = {'cpu': cpu_name(), 'threads': threads, 'torch': torch.__version__,
                   'map': val[max(val)]['coco/bbox_mAP'],
@@ -168,10 +174,8 @@ def run(config, directory, threads=1, tested=False):
                   'curve': [(i, val[i]['coco/bbox_mAP']) for i in sorted(val)],
                   'loss': [(i, round(train[i]['loss'], 4)) for i in sorted(train)]}
         if tested:
-            tool('test.py', given, last_checkpoint.read_text().strip(),
-                 '--work-dir', directory / 'test', log=log, threads=threads)
-            metrics = json.loads(max((directory / 'test').glob('*/*.json')).read_text())
-            result['map'] = metrics['coco/bbox_mAP']
+            result['map'] = evaluate(given, checkpoint, directory / 'test', log,
+                                     threads)['coco/bbox_mAP']
     except (OSError, subprocess.CalledProcessError) as error:
         last = [line for line in log.read_text().splitlines() if line] if log.is_file() else []
         return {'error': last[-1] if last else str(error)}
@@ -179,6 +183,12 @@ def run(config, directory, threads=1, tested=False):
     partial.write_text(json.dumps(result))
     partial.replace(result_file)
     return result
+
+
+def evaluate(config, checkpoint, directory, log, threads):
+    """The metrics of a checkpoint on the test set of a config's file."""
+    tool('test.py', config, checkpoint, '--work-dir', directory, log=log, threads=threads)
+    return json.loads(max(directory.glob('*/*.json')).read_text())
 
 
 def run_entry(entry, seed, iterations, stats, args, budget='iterations'):
@@ -202,13 +212,16 @@ def run_entry(entry, seed, iterations, stats, args, budget='iterations'):
                       split='test' if 'test' in images else 'val')
         records = args.records or args.work_dir / 'records'
         records.mkdir(parents=True, exist_ok=True)
-        (records / f'{name}.json').write_text(json.dumps({**record, **result}) + '\n')
+        partial = records / f'{name}.tmp'
+        partial.write_text(json.dumps({**record, **result}) + '\n')
+        partial.replace(records / f'{name}.json')
     return {**record, **result}
 
 
-def size_of(entry):
-    """Parameters and multiply-adds of the whole detector."""
+def size_of(entry, data):
+    """Parameters and multiply-adds of the whole detector, for the classes of its data."""
     config = entry.read()
+    use_data(config, data or Path(config.data_root))
     stats = detector_stats(config, config.get('image_size', (800, 1333)), activations=False)
     return {'params': round(stats['params'] / 1e6, 3), 'gmadds': round(stats['madds'] / 1e9, 4)}
 
@@ -223,17 +236,18 @@ def finished(records):
 
 
 def affordable(runs, baseline):
-    """Iterations for which the first config's time suffices, in twentieths of the budget.
+    """Iterations for which the first config's time suffices, in whole twentieths of the budget.
 
-    Both are seed -> record, at equal iterations. The first seed's seconds count, so that more
-    seeds change no budget that others were trained for; None without a seed of both that was run
-    alike, by as many threads of the same CPU.
+    Both are seed -> record, at equal iterations. A hundredth more is taken for the same: so much
+    do seconds differ by themselves. The first seed's count, so that more seeds change no budget
+    that others were trained for; None without a seed of both that was run alike, by as many
+    threads of the same CPU.
     """
     for seed, record in runs.items():
         if seed in baseline and all(
                 record.get(key) == baseline[seed].get(key) for key in TIMED_BY):
             share = min(1, baseline[seed]['seconds'] / record['seconds'])
-            return max(1, round(20 * share) * record['iterations'] // 20)
+            return max(1, int(20 * share + 0.2) * record['iterations'] // 20)
     return None
 
 
@@ -257,7 +271,8 @@ def summarise(records):
         if affordable(runs, first) == any_run['iterations']:
             timed = timed or runs
         rows.append({
-            'config': name, 'seeds': sorted(runs), 'map': statistics.mean(scores.values()),
+            'config': name, 'place': any_run['place'], 'seeds': sorted(runs),
+            'map': statistics.mean(scores.values()),
             'spread': statistics.stdev(scores.values()) if len(scores) > 1 else None,
             'difference': paired_difference(scores, baseline) if others else None,
             'at_equal_time': paired_difference(
@@ -271,13 +286,20 @@ def summarise(records):
     return rows
 
 
-def short_name(row):
-    """The backbone alone where the detector, neck and data are the same for all."""
-    stem, *options = row['config'].split(',')
+def short_names(configs):
+    """By config, the backbone alone where that tells all apart, or else its file's whole name."""
+    configs = list(configs)
+    files = {config.partition(',')[0] for config in configs}
+    is_short = len({_name(file, True) for file in files}) == len(files)
+    return {config: _name(config, is_short) for config in configs}
+
+
+def _name(config, is_short):
+    stem, *options = config.split(',')
     parts = stem.split('_')
     # A file's name says nothing in a table: that weights were loaded does.
     loaded = [LOADED] if any(option.startswith('load_from=') for option in options) else []
-    return ', '.join([parts[1] if len(parts) > 1 else stem, *(
+    return ', '.join([parts[1] if is_short and len(parts) > 1 else stem, *(
         option for option in options if not option.startswith('load_from=')), *loaded])
 
 
@@ -294,13 +316,15 @@ def markdown(rows, records):
     titles = ['backbone', 'box mAP', 'seeds', 'to the first',
               *(['at equal time'] if timed else []), 'params, M', 'MAdds, G', 's / iteration']
     lines = [f'| {" | ".join(titles)} |', '|' + ' --- |' * len(titles)]
+    names = short_names(row['config'] for row in rows)
     for row in rows:
         spread = '' if row['spread'] is None else f' ± {row["spread"]:.3f}'
         equal_time = signed(row['at_equal_time'])
         if equal_time:
             equal_time += f' ({row["iterations_at_equal_time"]} iterations)'
         lines.append(' | '.join([
-            f'| {short_name(row)}', f'{row["map"]:.3f}{spread}', ', '.join(map(str, row['seeds'])),
+            f'| {names[row["config"]]}', f'{row["map"]:.3f}{spread}',
+            ', '.join(map(str, row['seeds'])),
             signed(row['difference']), *([equal_time] if timed else []),
             *('' if row[size] is None else f'{row[size]:.2f}' for size in ('params', 'gmadds')),
             f'{row["seconds"]:.2f} |']))
@@ -320,20 +344,22 @@ def draw(rows, path):
     names.
     """
     panels = {}
+    names = short_names(row['config'] for row in rows)
     for row in rows:
-        name = short_name(row).partition(',')[0]
-        family, _, rest = name.partition('-')
-        host = re.sub(r'-k\d+$', '', rest if family in FAMILIES else name)
+        backbone = _name(row['config'], True).partition(',')[0]
+        family, _, rest = backbone.partition('-')
+        host = re.sub(r'-k\d+$', '', rest if family in FAMILIES else backbone)
         panels.setdefault(host, []).append(row)
     tallest = max(map(len, panels.values()))
-    widest = max(len(short_name(row)) for row in rows)
+    widest = max(map(len, names.values()))
     figure, axes = plt.subplots(
         1, len(panels), figsize=((5 + 0.09 * widest) * len(panels), 1.2 + 0.38 * tallest),
         squeeze=False, layout='constrained')
     for axis, (host, found) in zip(axes.flat, panels.items()):
         found.sort(key=lambda row: row['map'])
         for place, row in enumerate(found):
-            is_static = short_name(row).removesuffix(f', {LOADED}') == host
+            name = names[row['config']]
+            is_static = row['place'] == 0 or name.removesuffix(f', {LOADED}') == host
             colour = '0.3' if is_static else '#0072b2'
             axis.errorbar(row['map'], place, xerr=row['spread'], fmt='D' if is_static else 'o',
                           color=colour, capsize=3)
@@ -342,7 +368,7 @@ def draw(rows, path):
                 if row['spread']:
                     axis.axvspan(row['map'] - row['spread'], row['map'] + row['spread'],
                                  color='0.92', zorder=-1)
-        axis.set_yticks(range(len(found)), [short_name(row) + (
+        axis.set_yticks(range(len(found)), [names[row['config']] + (
             '' if row['params'] is None else f'  ({row["params"]:.1f}M, {row["gmadds"]:.2f}G)')
             for row in found])
         axis.set(xlabel='box mAP\n(in brackets: parameters, multiply-adds)', title=host,
@@ -355,12 +381,12 @@ def draw(rows, path):
 def draw_curves(records, path):
     """Box mAP on val, and training loss, over iterations; bands are ± a standard deviation."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout='constrained')
-    names = dict.fromkeys(record['config'] for record in records)
+    names = short_names(dict.fromkeys(record['config'] for record in records))
     styles = [dict(color=colour, ls=style) for style in ('-', '--', ':') for colour in (
         '#0072b2', '#e69f00', '#009e73', '#d55e00', '#cc79a7', '#56b4e9', '0')]  # Okabe and Ito's
-    for name, style in zip(names, itertools.cycle(styles)):
+    for config, style in zip(names, itertools.cycle(styles)):
         runs = [record for record in records
-                if record['config'] == name and record['budget'] == 'iterations']
+                if record['config'] == config and record['budget'] == 'iterations']
         for axis, kind in zip(axes, ('curve', 'loss')):
             points = collections.defaultdict(list)
             for record in runs:
@@ -370,13 +396,13 @@ def draw_curves(records, path):
             mean = [statistics.mean(points[i]) for i in x]
             spread = [statistics.stdev(points[i]) if len(points[i]) > 1 else 0 for i in x]
             line, = axis.plot(x, mean, marker='o' if kind == 'curve' else '', ms=3, **style,
-                              label=short_name({'config': name}) if kind == 'curve' else None)
+                              label=names[config] if kind == 'curve' else None)
             axis.fill_between(x, [m - s for m, s in zip(mean, spread)],
                               [m + s for m, s in zip(mean, spread)], color=line.get_color(),
                               alpha=0.15, lw=0)
     axes[0].set(xlabel='iteration', ylabel='box mAP on val', ylim=(0, None))
     axes[1].set(xlabel='iteration', ylabel='training loss')
-    widest = max(len(short_name({'config': name})) for name in names)
+    widest = max(map(len, names.values()))
     figure.legend(loc='outside upper center', ncols=max(1, min(4, 110 // (widest + 8))),
                   frameon=False)
     figure.savefig(path, dpi=90)
@@ -410,6 +436,7 @@ def check_one_comparison(records, directory):
                              f'equal {budget}, but a table has one: move the others elsewhere.')
     for record in records:
         found['data'].add(record['data'])
+        found['images'].add(' '.join(f'{n} {split}' for split, n in record['images'].items()))
         found['split'].add(record['split'])
         found['batch size'].add(record['batch_size'])
         found['iterations' if record['budget'] == 'iterations' else
@@ -435,7 +462,7 @@ def train_all(args):
     stats = {}
     for entry in entries:
         try:
-            stats[entry.name] = size_of(entry)
+            stats[entry.name] = size_of(entry, args.data)
         except Exception:  # the run itself says what is wrong
             stats[entry.name] = {}
     console = Console(stderr=True)
@@ -489,15 +516,22 @@ def main():
     args = parser.parse_args()
     if bool(args.configs) == bool(args.redraw):
         parser.error('give configs to train, or --redraw with the records of runs')
-    for option in ('iterations', 'evaluations', 'jobs'):
-        if getattr(args, option) < 1:
-            parser.error(f'--{option} must be at least 1, got {getattr(args, option)}')
+    for option in ('iterations', 'evaluations', 'jobs', 'batch_size'):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            parser.error(f'--{option.replace("_", "-")} must be at least 1, got {value}')
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error(f'--seeds names a seed twice: {" ".join(map(str, args.seeds))}')
     # Lines cut to a pipe's 80 columns could not be read.
     console = Console() if sys.stdout.isatty() else Console(width=150)
     with errors_explained():
         if args.redraw:
             for directory in args.redraw:
-                records = [json.loads(path.read_text()) for path in directory.glob('*.json')]
+                try:
+                    records = [json.loads(path.read_text()) for path in directory.glob('*.json')]
+                except ValueError as error:
+                    raise InputError(f'{directory} holds JSON that cannot be read ({error}): '
+                                     'remove it, or run that again.') from error
                 if not records or not all('config' in record for record in records):
                     raise InputError(f'{directory} holds no records of runs, or other JSON beside '
                                      'them: give a folder such as WORK_DIR/records.')
@@ -506,7 +540,8 @@ def main():
                 report(records, directory, console)
             return
         cores = len(os.sched_getaffinity(0)) // args.jobs
-        args.threads = int(os.environ.get('OMP_NUM_THREADS', 0)) or max(1, cores)
+        threads = os.environ.get('OMP_NUM_THREADS', '')
+        args.threads = int(threads) if threads.isdecimal() and int(threads) else max(1, cores)
         try:
             records = train_all(args)
         except KeyboardInterrupt:
@@ -516,7 +551,8 @@ def main():
     args.work_dir.mkdir(parents=True, exist_ok=True)
     rows, failed = report(records, args.work_dir, console)
     (args.work_dir / 'compare.json').write_text(json.dumps(
-        {'iterations': args.iterations, 'rows': rows, 'failed': failed}, indent=1))
+        json.loads(json.dumps({'iterations': args.iterations, 'rows': rows, 'failed': failed}),
+                   parse_constant=lambda _: None), indent=1))  # JSON has no NaN
     sys.exit(bool(failed))
 
 
