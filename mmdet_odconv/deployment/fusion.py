@@ -17,7 +17,6 @@ from ..layers.attention import PooledLinear
 from ..layers.base import DynamicConv2d
 from ..layers.odconv import ODAttention
 
-NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
 STATIC = (nn.Conv2d, EmptySafeConv2d)  # exactly: a subclass may change its weights on the way
 
 
@@ -57,7 +56,8 @@ def fuse(model: nn.Module) -> nn.Module:
     filters, a scale does, too.
     Norms and convolutions that are used in several places, or have hooks, stay as they are.
 
-    mmcv's ``fuse_conv_bn`` may be called afterwards and finds nothing to do.
+    mmcv's ``fuse_conv_bn`` may be called afterwards: a norm that it would put into a convolution
+    beyond a dynamic one is no norm any more, but the constants that it has come to.
 
     Args:
         model: in evaluation mode; fused twice, it stays as it is.
@@ -81,9 +81,12 @@ def fuse(model: nn.Module) -> nn.Module:
         for conv, name, norm in list(_pairs(module)):
             if uses[conv] == uses[norm] == 1 and not (_hooked(conv) or _hooked(norm)):
                 module._modules[name] = _fold(conv, norm).eval()
-    for module in model.modules():
+    for module in list(model.modules()):
         if isinstance(module, ODAttention):
             module.join_heads()
+        for name, norm in list(_misled(module)):
+            module._modules[name] = Affine(*(constant.to(norm.running_var)
+                                             for constant in _constants(norm))).eval()
     return model
 
 
@@ -127,15 +130,39 @@ def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or 'forward' in vars(module))
 
 
-def _fold(conv: Any, norm: Any) -> nn.Module:
-    """Do as ``conv`` what ``norm`` does; what is to be put in the norm's place."""
-    # In double precision: each weight is then rounded once.
+def _misled(module: nn.Module) -> Iterator[Tuple[str, Any]]:
+    """Norms among a module's children that mmcv would put beyond a dynamic convolution."""
+    conv: Any = None
+    is_beyond = False
+    for name, child in module.named_children():
+        if isinstance(child, _BatchNorm):
+            if conv is not None and is_beyond and child.running_mean is not None and (
+                    not _hooked(child)):
+                yield name, child
+            conv = None
+        elif isinstance(child, nn.Conv2d):
+            conv, is_beyond = child, False
+        elif any(isinstance(part, DynamicConv2d) for part in child.modules()):
+            is_beyond = True
+
+
+def _constants(norm: Any) -> Tuple[Tensor, Tensor]:
+    """The scale and shift, (C,), that a BatchNorm has come to.
+
+    In double precision, so that each weight is rounded once.
+    """
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight
     shift = -norm.running_mean * scale
     if norm.bias is not None:
         shift = shift + norm.bias
+    return scale, shift
+
+
+def _fold(conv: Any, norm: Any) -> nn.Module:
+    """Do as ``conv`` what ``norm`` does; what is to be put in the norm's place."""
+    scale, shift = _constants(norm)
     if isinstance(conv, DynamicConv2d) and not conv.filters:
         return Affine(scale.to(norm.running_var), shift.to(norm.running_var))
     for name, axes in getattr(conv, 'filters', {'weight': conv.weight.dim() - 1}).items():
@@ -160,19 +187,28 @@ def _replace(module: Any, name: str, value: Tensor) -> None:
 
 
 def _refuse_misfused(name: str, module: nn.Module) -> None:
-    """ValueError if mmcv put a norm that came after a dynamic convolution into one before it."""
-    last = None
-    children = list(module.named_children())
-    for (child_name, child), (_, after) in zip(children, children[1:]):
-        if type(child) in STATIC:
-            # mmcv leaves a bias in what it folds a norm into.
-            is_fused = child.bias is not None and type(after) is not nn.Identity
-            last = child_name if is_fused else None
-        elif isinstance(child, DynamicConv2d) and last and type(after) is nn.Identity:
+    """ValueError if mmcv put a norm that came after a dynamic convolution into one before it.
+
+    mmcv keeps the last convolution until a norm or another comes, leaves a bias in it, and in the
+    norm's place an Identity that is in training mode, unless ``eval`` was called again.
+    """
+    last: Optional[str] = None  # static convolution that may have got a norm
+    between: Optional[str] = None  # what is dynamic after it
+    before: Any = None
+    for child_name, child in module.named_children():
+        if isinstance(child, nn.Conv2d):
+            last, between = (child_name if child.bias is not None else None), None
+        elif type(child) is nn.Identity and last and between and (
+                child.training or isinstance(before, DynamicConv2d)):
             prefix = f'{name}.' if name else ''
             raise ValueError(
-                f"mmcv's fuse_conv_bn put the norm of {prefix}{child_name} into {prefix}{last}, "
+                f"mmcv's fuse_conv_bn put the norm of {prefix}{between} into {prefix}{last}, "
                 'which mmcv took for the convolution before it: load the model again and call '
-                'mmdet_odconv.fuse, which folds the norms of static convolutions too.')
-        elif isinstance(child, NORMS):
-            last = None
+                'mmdet_odconv.fuse, which folds the norms of static convolutions too. (If it was '
+                'not called, take the Identity after that layer out.)')
+        elif isinstance(child, _BatchNorm) or type(child) is nn.Identity and (
+                child.training or isinstance(before, nn.Conv2d)):
+            last = None  # its own norm
+        elif any(isinstance(part, DynamicConv2d) for part in child.modules()):
+            between = child_name
+        before = child

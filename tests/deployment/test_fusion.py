@@ -85,6 +85,37 @@ def test_a_norm_goes_into_its_own_convolution():
     torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
 
 
+def hooked(layer):
+    layer.register_forward_hook(lambda module, inputs, output: output.neg())
+    return layer
+
+
+BEYOND = {
+    'an activation between': lambda: [nn.Conv2d(4, 8, 1), ODConv2d(8, 8, 3), nn.ReLU(),
+                                      nn.BatchNorm2d(8)],
+    'a container of its own': lambda: [nn.Conv2d(4, 8, 1), nn.Sequential(ODConv2d(8, 8, 3)),
+                                       nn.BatchNorm2d(8)],
+    'a norm before': lambda: [nn.Conv2d(4, 8, 1), nn.GroupNorm(2, 8), ODConv2d(8, 8, 3),
+                              nn.BatchNorm2d(8)],
+    'a hook': lambda: [nn.Conv2d(4, 8, 1), hooked(ODConv2d(8, 8, 3)), nn.BatchNorm2d(8)],
+}
+
+
+@pytest.mark.parametrize('name', BEYOND)
+def test_mmcv_reaches_no_norm_beyond_a_dynamic_convolution(name):
+    """It knows none, and would fold the norm into the static one before: after fuse it cannot,
+    and where it came before, fuse says so."""
+    model = randomised(nn.Sequential(*BEYOND[name]())).eval()
+    x = torch.randn(2, 4, 6, 6)
+    expected = model(x)
+    spoilt = fuse_conv_bn(copy.deepcopy(model))
+    assert (spoilt(x) - expected).abs().max() > 0.1 * expected.abs().max()
+    with pytest.raises(ValueError, match="mmcv's fuse_conv_bn put the norm of [12] into 0, which"):
+        fuse(spoilt)
+    for found in (fuse(model), fuse_conv_bn(model), fuse(model)):
+        torch.testing.assert_close(found(x), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_an_identity_that_never_was_a_norm():
     for between in (nn.GroupNorm(2, 8), nn.ReLU()):
         model = randomised(nn.Sequential(
@@ -109,9 +140,7 @@ def test_what_is_used_twice_or_in_another_order_stays():
                            nn.Sequential(conv, nn.BatchNorm2d(4)))
     other = ConvModule(4, 4, 1, conv_cfg=dict(type='ODConv2d'), norm_cfg=dict(type='BN'),
                        order=('norm', 'conv', 'act'))
-    hooked = nn.Sequential(ODConv2d(4, 4, 1), nn.BatchNorm2d(4))
-    hooked[0].register_forward_hook(lambda module, inputs, output: output.neg())
-    for model in (shared, other, hooked):
+    for model in (shared, other, nn.Sequential(hooked(ODConv2d(4, 4, 1)), nn.BatchNorm2d(4))):
         model = randomised(model).eval()
         x = torch.randn(2, 4, 5, 5)
         expected, outer = model(x), len(norms(model))
