@@ -1,5 +1,5 @@
 """What dynamic layers attend to over a data set, and what a detector finds and misses there."""
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Dict, List, Optional, Tuple
 
 import torch
@@ -9,23 +9,27 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from ..engine.data_check import check_data
+from ..engine.data_check import check_data, read_annotations, unwrapped
 from ..errors import InputError
 from ..layers import DynamicConv2d
 
-DEAD = 0.01  # share of a mixture that a kernel of a dead bank never reaches
+DEAD = 0.05  # of an equal share, which no image gives a kernel that is dead
 MATCH = 0.5  # IoU from which a detection is of an object
 
 
 @dataclass
 class Image:
-    """A picture with what is in it and what was found: boxes (N, 4) in its pixels, labels (N,)."""
+    """A picture with what is in it and what was found: boxes (N, 4) in its pixels, labels (N,).
+
+    A detection of what is ``ignored``, (M, 4), such as a crowd, is neither right nor wrong.
+    """
     path: str
     boxes: Tensor
     labels: Tensor
     found_boxes: Tensor
     found_scores: Tensor
     found_labels: Tensor
+    ignored: Tensor = field(default_factory=lambda: torch.zeros(0, 4))
 
 
 @dataclass
@@ -37,8 +41,8 @@ class Spread:
         entropy: of an image's attention, the mean over images, in units of log n: 1 where all
             kernels are mixed alike, 0 where each image takes one.
         variation: standard deviation of a share over images, the mean over kernels; 0 where all
-            images get the same kernel.
-        dead: kernels that no image takes more than a hundredth of.
+            images get the same mixture of the bank.
+        dead: kernels that no image takes more of than a twentieth of an equal share.
     """
     shares: Tensor
     entropy: float
@@ -60,8 +64,9 @@ def record_attentions(model: BaseDetector, config: Config, limit: int
         The images, and by layer name the kernel attention of each, (images, n), summing to one.
 
     Raises:
-        InputError: if no layer of the model has an attention over kernels, or the annotations
-            number the config's classes in another order.
+        InputError: if no layer of the model has an attention over kernels, if the test set is not
+            of COCO's format or names none of the config's classes, or numbers them in another
+            order.
     """
     kept: Dict[str, List[Tensor]] = {}
 
@@ -76,20 +81,20 @@ def record_attentions(model: BaseDetector, config: Config, limit: int
              for name, module in model.named_modules()
              if isinstance(module, DynamicConv2d) and isinstance(
                  getattr(module, 'attention', None), nn.Module)]
+    if not config.get('test_dataloader'):
+        raise InputError('The config has no test_dataloader, whose images are to be read: give one '
+                         'that has, or --data.')
     loader = Runner.build_dataloader(config.test_dataloader)
     check_data(loader.dataset, trained=False)
+    truth = _truth(loader.dataset)
     images: List[Image] = []
     try:
         for data in loader:
             for sample in model.test_step(data):
-                given = [instance for instance in
-                         loader.dataset.get_data_info(len(images))['instances']
-                         if not instance['ignore_flag']]  # crowds: neither right nor missed
+                boxes, labels, ignored = truth[sample.img_id]
                 found = sample.pred_instances.cpu()
-                images.append(Image(
-                    sample.img_path, torch.tensor([i['bbox'] for i in given]).reshape(-1, 4),
-                    torch.tensor([i['bbox_label'] for i in given], dtype=torch.long),
-                    found.bboxes, found.scores, found.labels))
+                images.append(Image(sample.img_path, boxes, labels, found.bboxes, found.scores,
+                                    found.labels, ignored))
             if len(images) >= limit:
                 break
     finally:
@@ -98,10 +103,43 @@ def record_attentions(model: BaseDetector, config: Config, limit: int
     attentions = {name: torch.cat(values)[:limit] for name, values in kept.items()
                   if sum(map(len, values)) == len(images)}  # not of layers that run several times
     if not attentions:
-        raise InputError('No layer of this detector mixes kernels by attention: give a config '
-                         'with dynamic layers of more than one kernel, which run once an image.')
+        raise InputError('No layer of this detector mixes kernels by attention to one bank: give a '
+                         'config with such layers (not DCD or KernelWarehouse), of more than one '
+                         'kernel, which run once an image.')
     return images[:limit], {name: value / value.sum(1, keepdim=True).clamp(min=1e-12)
                             for name, value in attentions.items()}
+
+
+def _truth(dataset) -> Dict[int, Tuple[Tensor, Tensor, Tensor]]:
+    """By image id the boxes, their labels among the config's classes, and boxes to be ignored.
+
+    MMDetection numbers as labels the classes that a file has; here they are those of the config.
+    """
+    result = {}
+    names: set = set()
+    for part in unwrapped(dataset):
+        if not hasattr(part, 'cat2label'):
+            raise InputError(f"The test set is a {type(part).__name__}, whose objects cannot be "
+                             "read: give one of COCO's format, by --data.")
+        classes = list(part.metainfo['classes'])
+        named = {category['id']: category['name']
+                 for category in read_annotations(part)['categories']}
+        label_of = {label: classes.index(named[category])
+                    for category, label in part.cat2label.items()}
+        names |= label_of.keys()
+        for i in range(len(part)):
+            info = part.get_data_info(i)
+            kept, ignored = ([one for one in info['instances'] if bool(one['ignore_flag']) is flag]
+                             for flag in (False, True))
+            result[info['img_id']] = (
+                torch.tensor([one['bbox'] for one in kept]).reshape(-1, 4),
+                torch.tensor([label_of[one['bbox_label']] for one in kept], dtype=torch.long),
+                torch.tensor([one['bbox'] for one in ignored]).reshape(-1, 4))
+    if not names:
+        raise InputError("The annotations name none of the config's classes, "
+                         f'{", ".join(classes[:5])}: give those of the data that the detector was '
+                         'trained for.')
+    return result
 
 
 def spread(attention: Tensor) -> Spread:
@@ -109,7 +147,7 @@ def spread(attention: Tensor) -> Spread:
     attention = attention.double()
     entropy = torch.special.entr(attention).sum(1).mean() / torch.tensor(attention.shape[1]).log()
     return Spread(attention.mean(0), entropy.item(), attention.std(0, correction=0).mean().item(),
-                  (attention.max(0).values < DEAD).nonzero()[:, 0].tolist())
+                  (attention.max(0).values < DEAD / attention.shape[1]).nonzero()[:, 0].tolist())
 
 
 def by_class(attention: Tensor, images: List[Image], classes: int) -> Tensor:
@@ -150,12 +188,14 @@ def judge(image: Image, score: float) -> Tuple[Dict[int, Optional[int]], List[in
 
     Returns:
         By the index of each detection that counts that of the object taken, or None if it is of
-        nothing; the right ones come first. And the objects that are missed, which none took.
+        nothing; the right ones come first. And the objects that are missed, which none took. One
+        that takes none and lies half in what is to be ignored does not count, as COCO has it.
     """
     free = torch.ones(len(image.boxes), dtype=torch.bool)
     counted = [int(i) for i in image.found_scores.argsort(descending=True)
                if image.found_scores[i] >= score]
     overlaps = bbox_overlaps(image.found_boxes.float(), image.boxes.float())
+    excused = bbox_overlaps(image.found_boxes.float(), image.ignored.float(), mode='iof')
     taken: Dict[int, Optional[int]] = {}
     for own_class in (True, False):
         for i in counted:
@@ -167,7 +207,7 @@ def judge(image: Image, score: float) -> Tuple[Dict[int, Optional[int]], List[in
             if len(left) and left.max() >= MATCH:
                 taken[i] = int(left.argmax())
                 free[left.argmax()] = False
-            elif not own_class:
+            elif not own_class and not (excused[i] >= MATCH).any():
                 taken[i] = None
     return taken, free.nonzero()[:, 0].tolist()
 

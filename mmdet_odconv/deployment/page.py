@@ -8,6 +8,7 @@ from typing import Dict, List, Optional, Sequence
 import cv2
 import mmcv
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from .attentions import Image, by_class, mistakes, most_and_least_alike, spread
 # BGR, of colours that a colour-blind reader tells apart (Okabe and Ito)
 BLUE, ORANGE, PURPLE = (233, 180, 86), (0, 159, 230), (167, 121, 204)
 WIDTH = 260  # px of a picture
+MOST_NAMED = 10  # kernels that colours tell apart
 STYLE = """body{font:15px/1.45 sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}
 h1,h2{font-weight:600}figure{display:inline-block;margin:4px;vertical-align:top;width:260px}
 figcaption{font-size:12px;color:#555}img{max-width:100%}table{border-collapse:collapse}
@@ -42,8 +44,9 @@ def write_page(path: Path, title: str, images: List[Image], attentions: Dict[str
              f'from a score of {score:g} on orange, mistakes purple.</p>']
     parts += ['<h2>Attention over kernels</h2>',
               '<p>Entropy is 1 where all kernels of a bank are mixed alike and 0 where an image '
-              'takes one; variation is 0 where all images get the same kernel. A kernel is dead if '
-              'no image takes more than 1% of it.</p>', _chart(_draw_spreads(spreads)),
+              'takes one; variation is 0 where all images get the same mixture. A kernel is dead '
+              'if no image takes more of it than a twentieth of an equal share.</p>',
+              _chart(_draw_spreads(spreads)),
               '<table><tr><th>layer<th>entropy<th>variation<th>shares of the kernels<th>dead</tr>']
     for name, found in spreads.items():
         shares = ' '.join(f'{share:.2f}' for share in found.shares.tolist())
@@ -115,13 +118,18 @@ def _draw_spreads(spreads) -> Figure:
     top.bar(at, [found.entropy for found in spreads.values()], color='#0072b2')
     top.set(ylim=(0, 1.05), ylabel='entropy')
     base = np.zeros(len(spreads))
-    for kernel in range(max(len(found.shares) for found in spreads.values())):
+    kernels = max(len(found.shares) for found in spreads.values())
+    colours = colormaps['tab10' if kernels <= MOST_NAMED else 'viridis']
+    for kernel in range(kernels):
         height = np.array([found.shares[kernel].item() if kernel < len(found.shares) else 0
                            for found in spreads.values()])
-        bottom.bar(at, height, bottom=base, label=f'kernel {kernel}')
+        bottom.bar(at, height, bottom=base, label=f'kernel {kernel}', color=colours(
+            kernel if kernels <= MOST_NAMED else kernel / (kernels - 1)))
         base += height
     bottom.set(ylim=(0, 1), ylabel='share', xlabel='dynamic layer, from the input')
-    figure.legend(*bottom.get_legend_handles_labels(), loc='outside right center', frameon=False)
+    if kernels <= MOST_NAMED:
+        figure.legend(*bottom.get_legend_handles_labels(), loc='outside right center',
+                      frameon=False)
     return figure
 
 

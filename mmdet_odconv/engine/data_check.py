@@ -46,7 +46,7 @@ def check_data(dataset, strict: bool = True, trained: bool = True) -> None:
                 check_annotations(part)
                 check_images(part)
             elif reads_coco(part):
-                check_order(part, _read(part))
+                check_order(part, read_annotations(part))
 
     try:
         by_main_process(check)
@@ -107,7 +107,8 @@ def reads_coco(dataset) -> bool:
         for name in ('load_data_list', 'parse_data_info'))
 
 
-def _read(dataset: CocoDataset) -> dict:
+def read_annotations(dataset: CocoDataset) -> dict:
+    """The content of a data set's annotation file."""
     with get_local_path(dataset.ann_file, backend_args=dataset.backend_args) as path, \
             open(path, 'rb') as file:
         return json.load(file)
@@ -144,7 +145,7 @@ def find_faults(dataset: CocoDataset, with_masks: bool = False) -> Tuple[List[st
     Raises:
         InputError: if its categories are in another order than the classes.
     """
-    content = _read(dataset)
+    content = read_annotations(dataset)
     faults: List[str] = []
     left_out: List[str] = []
     images, annotations = content['images'], content['annotations']

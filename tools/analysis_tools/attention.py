@@ -16,7 +16,9 @@ from mmdet_odconv.checkpoints.files import refuse_existing, writing
 from mmdet_odconv.deployment.attentions import record_attentions, spread
 from mmdet_odconv.deployment.export import load_detector
 from mmdet_odconv.deployment.page import write_page
+from mmdet_odconv.deployment.preprocessing import test_pipeline
 from mmdet_odconv.engine.launch import errors_explained
+from mmdet_odconv.layers import DynamicConv2d
 
 
 def main():
@@ -35,23 +37,32 @@ def main():
         parser.error(f'--images is {args.images}, where at least one was expected')
     with errors_explained():
         refuse_existing(args.out, args.force)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         if args.curves and not args.curves.is_file():
             raise InputError(f'{args.curves} does not exist: give a picture, or no --curves.')
         config = Config.fromfile(config_path(args.config))
+        model, classes = load_detector(config, args.checkpoint)
         if args.data:
             annotations, folder = (str(Path(path).resolve()) for path in args.data)
-            if 'datasets' in config.test_dataloader.dataset:
-                raise InputError("The config's test set is made of several, in whose place --data "
-                                 'cannot be put: give a config with one.')
-            config.test_dataloader.dataset.update(
-                data_root='', ann_file=annotations, data_prefix=dict(img=folder))
-        model, classes = load_detector(config, args.checkpoint)
+            if not Path(annotations).is_file() or not Path(folder).is_dir():
+                raise InputError(f'{annotations} or the folder {folder} does not exist: give '
+                                 "COCO's annotations and the folder of their images.")
+            config.test_dataloader = dict(
+                batch_size=1, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False),
+                dataset=dict(type='CocoDataset', ann_file=annotations, test_mode=True,
+                             data_prefix=dict(img=folder), metainfo=dict(classes=classes),
+                             pipeline=test_pipeline(config)))
         images, attentions = record_attentions(model, config, args.images)
         for name, attention in attentions.items():
             found = spread(attention)
             shares = ' '.join(f'{share:.2f}' for share in found.shares.tolist())
             print(f'{name}: entropy {found.entropy:.3f}, variation {found.variation:.4f}, '
                   f'shares {shares}, dead {found.dead or "none"}')
+        kinds = sorted({type(module).__name__ for name, module in model.named_modules()
+                        if isinstance(module, DynamicConv2d) and name not in attentions})
+        if kinds:
+            print(f'not shown, of one kernel, run several times or mixed otherwise: '
+                  f'{", ".join(kinds)}')
         with writing(args.out, args.force) as temporary:
             write_page(temporary, f'{Path(args.config).stem}, {Path(args.checkpoint).name}', images,
                        attentions, classes, args.score, curves=args.curves)
