@@ -21,6 +21,7 @@ from ..layers import FDConv2d
 from .detector import TensorDetector
 from .nchwc import block_channels
 from .operators import NEWEST_OPSET, OPSET, linspace_of_one_step
+from .preprocessing import first_test_set
 
 FORMATS = {'onnx': '.onnx', 'pt2': '.pt2', 'torchscript': '.pt'}  # and how their files end
 MIN_HALVED = 64  # elements, from which a cast is worth its node
@@ -46,7 +47,7 @@ def classes_of(config: Config, checkpoint: dict) -> Tuple[str, ...]:
     meta = meta.get('dataset_meta') or meta  # where MMDetection 2.x, and so releases, has CLASSES
     found = meta.get('classes') or meta.get('CLASSES')
     if not found and config.get('test_dataloader'):
-        data_set = DATASETS.build(dict(config.test_dataloader.dataset, lazy_init=True))
+        data_set = DATASETS.build(dict(first_test_set(config), lazy_init=True))
         found = data_set.metainfo.get('classes')
     return tuple(found or ())
 

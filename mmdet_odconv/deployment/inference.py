@@ -5,6 +5,9 @@ from typing import Dict, Optional, Tuple
 
 import cv2
 import mmcv
+import numpy as np
+import torch
+from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from rich.progress import track
 
@@ -13,6 +16,7 @@ from ..checkpoints.files import refuse_existing, writing
 from ..engine.launch import find_config
 from ..errors import InputError
 from .export import classes_of, load_weights
+from .preprocessing import first_test_set
 
 CODECS = {'.mp4': 'mp4v', '.avi': 'MJPG'}  # of videos, by how their files end
 
@@ -59,8 +63,8 @@ def detect(inputs: str, config: str, weights: str, out_dir: str, score: float = 
 
     Raises:
         InputError: if there is no image, or a file of that kind cannot be read; if the weights are
-            not those of the config's detector; if a file would be written over, or two images'
-            predictions be one file.
+            not those of the config's detector, or the device is not here; if a file would be
+            written over, or two images' predictions be one file.
     """
     from mmdet.apis.det_inferencer import IMG_EXTENSIONS, DetInferencer  # slow to import
     if not Path(inputs).exists():
@@ -68,10 +72,19 @@ def detect(inputs: str, config: str, weights: str, out_dir: str, score: float = 
     kind = Path(inputs).suffix.lower()
     if Path(inputs).is_file() and kind not in (*IMG_EXTENSIONS, *CODECS):
         raise InputError(f'{inputs} is neither an image nor a video in MP4 or AVI: convert it.')
+    if Path(out_dir).is_file():
+        raise InputError(f'{out_dir} is a file: give a folder to write to.')
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f'The device {device} is not here ({str(error).splitlines()[0]}): give '
+                         'another, such as cpu, or none.') from error
     if batch_size < 1:
         raise InputError(f'batch_size is {batch_size}, where at least one image at a time was '
                          'expected.')
-    path = config_path(config)
+    cfg = Config.fromfile(config_path(config))
+    # Which is all that the inferencer reads of it.
+    cfg.test_dataloader.dataset = first_test_set(cfg)
     read_weights(weights)  # which refuses in one sentence what MMEngine fails on or only logs
     source = Path(inputs) if Path(inputs).is_dir() else Path(inputs).parent
     if source.resolve() == (Path(out_dir) / 'vis').resolve():
@@ -89,10 +102,15 @@ def detect(inputs: str, config: str, weights: str, out_dir: str, score: float = 
                              f'preds/{file.stem}.json: rename one of them.')
         for written in _outputs(file, Path(out_dir)):
             refuse_existing(written, force)
-    inferencer = DetInferencer(path, weights, device)
+    inferencer = (_of_frames(DetInferencer) if kind in CODECS else DetInferencer)(
+        cfg, weights, device)
     # Of what does not fit MMEngine only logs; and without classes in a file it takes COCO's.
     checkpoint = load_weights(inferencer.model, weights)
-    inferencer.model.dataset_meta['classes'] = classes_of(inferencer.cfg, checkpoint)
+    meta = inferencer.model.dataset_meta
+    meta['classes'] = classes_of(inferencer.cfg, checkpoint)
+    if not isinstance(meta.get('palette'), str) and (
+            len(meta.get('palette') or ()) < len(meta['classes'])):
+        meta['palette'] = 'random'  # where COCO's 80 colours, inherited, do not reach
     if kind in CODECS:
         return _detect_in_video(inferencer, Path(inputs), Path(out_dir), score, force)
     inferencer.show_progress = False  # of each batch
@@ -101,6 +119,18 @@ def detect(inputs: str, config: str, weights: str, out_dir: str, score: float = 
         inferencer([str(file) for file in files[start:start + batch_size]], batch_size=batch_size,
                    out_dir=str(out_dir), pred_score_thr=score, no_save_pred=False)
     return len(files)
+
+
+def _of_frames(inferencer: type) -> type:
+    """An inferencer whose pictures are arrays, which it detects in as BGR and draws on as RGB."""
+
+    class OfFrames(inferencer):  # type: ignore[misc, valid-type]
+
+        def visualize(self, inputs, *args, **kwargs):
+            drawn = super().visualize([frame[..., ::-1] for frame in inputs], *args, **kwargs)
+            return [np.ascontiguousarray(frame[..., ::-1]) for frame in drawn]
+
+    return OfFrames
 
 
 def _outputs(path: Path, out_dir: Path) -> Tuple[Path, Path]:

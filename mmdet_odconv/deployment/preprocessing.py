@@ -9,8 +9,7 @@ import mmcv
 import torch
 import torch.nn.functional as F
 from mmcv.transforms import Compose
-from mmdet.utils import get_test_pipeline_cfg
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 from mmengine.model import BaseDataPreprocessor
 from mmengine.registry import DATASETS
@@ -165,18 +164,30 @@ def write_description(description: dict, path: Path, force: bool) -> None:
         temporary.write_text(json.dumps(description, indent=2) + '\n')
 
 
-def _test_pipeline(config: Config) -> Optional[List[dict]]:
-    """Steps of the test set's pipeline, or of the first of several; None if there is none."""
+def first_test_set(config: Config) -> ConfigDict:
+    """The config of the test set, or of the first of several that it is made of.
+
+    Raises:
+        InputError: if there is none.
+    """
     if not config.get('test_dataloader'):
-        return None
-    return [step.to_dict() for step in get_test_pipeline_cfg(config)]
+        raise InputError('The config has no test_dataloader, whose pipeline prepares images: give '
+                         'one that has.')
+    found = config.test_dataloader.dataset
+    while 'datasets' in found or 'dataset' in found:
+        found = found.datasets[0] if 'datasets' in found else found.dataset
+    return found
+
+
+def test_pipeline(config: Config) -> List[dict]:
+    """Steps of the pipeline of :func:`first_test_set`."""
+    return [step.to_dict() for step in first_test_set(config).pipeline]
 
 
 def _resizing(config: Config) -> Optional[List[dict]]:
     """The steps that change an image's size; None if there is no test set."""
-    steps = _test_pipeline(config)
-    return steps and [step for step in steps
-                      if _kind(step) in ('Resize', 'FixScaleResize', 'Pad')]
+    return [step for step in test_pipeline(config) if _kind(step) in (
+        'Resize', 'FixScaleResize', 'Pad')] if config.get('test_dataloader') else None
 
 
 def _kind(step: dict) -> str:
@@ -220,11 +231,7 @@ def _prepared(config: Config, preprocessing: Preprocessing, file: str) -> Tensor
     """An image before MMDetection's preprocessor, (3, H, W)."""
     if preprocessing.resize:
         return read_image(file)
-    steps = _test_pipeline(config)
-    if steps is None:
-        raise InputError('The config has no test_dataloader, whose pipeline prepares images: '
-                         'give one, or no image.')
-    pipeline = Compose([step for step in steps if _kind(step) != 'LoadAnnotations'])
+    pipeline = Compose([step for step in test_pipeline(config) if _kind(step) != 'LoadAnnotations'])
     return pipeline(dict(img_path=str(file), img_id=0))['inputs']
 
 

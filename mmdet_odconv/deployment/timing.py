@@ -75,9 +75,10 @@ def time_formats(models: Dict[str, nn.Module], image: Tensor, formats: Sequence[
 
     Returns:
         A row for each format and model: format, model, ms (median over rounds), MB (of weights,
-        or of the file), error (largest of any output, relative to the output's largest value) and
-        what ``score`` says. Formats whose runtime is not installed have none; of a format that
-        does not take the model, a row says only why it was ``refused``.
+        or of the file), error (largest of any output, relative to the output's largest value; None
+        where nothing was detected, and so compared) and what ``score`` says. Formats whose runtime
+        is not installed have none; of a format that does not take the model, a row says only why
+        it was ``refused``.
 
     Raises:
         InputError: if a format's runtime answers something else.
@@ -96,12 +97,13 @@ def time_formats(models: Dict[str, nn.Module], image: Tensor, formats: Sequence[
                 except InputError as reason:
                     refused.append(dict(format=kind, model=name, refused=str(reason)))
                     continue
-                error = torch.tensor([_error(a, b) for a, b in zip(run(image), expected)]
-                                     ).max().item()
+                error = torch.tensor([
+                    _error(a, b) for a, b in zip(run(image), expected)]).max().item()
                 if not error <= TOLERANCE:  # nor NaN, which a tensor's maximum keeps
                     raise InputError(f'{name} in {kind} differs from torch by {error:.2g} of its '
                                      'largest value.')
-                rows.append(dict(format=kind, model=name, ms=[], MB=size / 1e6, error=error))
+                rows.append(dict(format=kind, model=name, ms=[], MB=size / 1e6,
+                                 error=error if expected[0].numel() else None))
                 runs.append(run)
         for _ in range(rounds):
             for row, run in zip(rows, runs):
@@ -122,12 +124,22 @@ def is_installed(kind: str) -> bool:
         importlib.util.find_spec(kind.removesuffix(NCHWC)) is not None)
 
 
+def check_evaluator(config: Config) -> None:
+    """InputError if the config's test set is not evaluated by COCO's box mAP."""
+    evaluators = config.get('test_evaluator') or []
+    evaluators = evaluators if isinstance(evaluators, list) else [evaluators]
+    if not any(one['type'] in ('CocoMetric', 'mmdet.CocoMetric') and 'bbox' in one.get(
+            'metric', 'bbox') and not one.get('prefix') for one in evaluators):
+        raise InputError("The config's test_evaluator is not one of COCO's box mAP, which the "
+                         "table has: expected dict(type='CocoMetric', metric='bbox', ...).")
+
+
 def mean_average_precision(config: Config, model: TensorDetector, run: Callable) -> float:
     """Box mAP, by the config's evaluator on its test set, of what runs a detector of its."""
     detector = ExportedDetector(run, model.model.data_preprocessor)
     with tempfile.TemporaryDirectory() as work_dir:
         (metrics, _), = evaluate(config, {'': detector}, work_dir).values()
-    return next(value for name, value in metrics.items() if name.endswith('mAP'))
+    return metrics.get('coco/bbox_mAP', 0.0)  # of no detections MMDetection says nothing
 
 
 def _prepared(kind: str, model: nn.Module, image: Tensor, path: Path) -> Tuple[Callable, int]:

@@ -71,6 +71,34 @@ def test_what_is_not_installed_is_left_out(config, monkeypatch):
                                                                ('eager', 'dynamic')]
 
 
+def test_what_the_table_cannot_have_is_refused_at_once(config, monkeypatch, capsys):
+    tool = str(digits.ROOT / 'tools/deployment/benchmark.py')
+    monkeypatch.setattr(sys, 'argv', ['benchmark.py', str(config), '--size', '0', '64'])
+    with pytest.raises(SystemExit):
+        runpy.run_path(tool, run_name='__main__')
+    assert '--size is 0 64, where at least 1 1 was expected' in capsys.readouterr().err
+    config.write_text(config.read_text() + "test_evaluator = dict(metric='proposal')")
+    monkeypatch.setattr(sys, 'argv', ['benchmark.py', str(config), '--static', 'none.pth'])
+    with pytest.raises(SystemExit, match="^error: The config's test_evaluator is not one of "):
+        runpy.run_path(tool, run_name='__main__')
+
+
+def test_a_trained_detector_is_timed_on_an_image_of_its_test_set(config, tmp_path, monkeypatch,
+                                                                 capsys):
+    digits.make(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    # As a trained one's, but that nothing is found, which is said.
+    loaded = Config.fromfile(config)
+    timing.make_static(loaded.model)
+    torch.save(build_model(loaded).state_dict(), 'static.pth')
+    config.write_text(config.read_text() + "model['test_cfg'] = dict(rcnn=dict(score_thr=1.0))")
+    monkeypatch.setattr(sys, 'argv', ['benchmark.py', str(config), '--static', 'static.pth',
+                                      '--formats', 'eager', '--rounds', '1'])
+    runpy.run_path(str(digits.ROOT / 'tools/deployment/benchmark.py'), run_name='__main__')
+    said = ' '.join(capsys.readouterr().out.split())
+    assert 'detector, one image of 192x192, ' in said and said.count('none found') == 2
+
+
 def test_a_trained_detector_beside_a_random_one_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['benchmark.py', 'x.py', '--checkpoint', 'x.pth'])
     with pytest.raises(SystemExit):

@@ -425,12 +425,42 @@ def test_image_demo(root, run, monkeypatch):
     code, _ = run('image_demo.py', 'data/digits/val', 'faster.py', '--weights', 'backbone.pth',
                   '--device', 'cpu')
     assert re.match(r'error: backbone.pth lacks \d+ tensors of the config, such as', code)
+    code, _ = run('image_demo.py', 'camera', 'faster.py', '--weights', 'faster.pth', '--device',
+                  'gpu', '--out', 'x')
+    assert code.startswith('error: The device gpu is not here (')
+    code, _ = run('image_demo.py', 'camera', *demo, 'faster.py')
+    assert code == 'error: faster.py is a file: give a folder to write to.'
+    (root / 'none.py').write_text("_base_ = './faster.py'\ntest_dataloader = None\n"
+                                  'test_cfg = None\ntest_evaluator = None')
+    code, _ = run('image_demo.py', 'camera', 'none.py', *demo[1:], 'x')
+    assert code.startswith('error: The config has no test_dataloader, whose pipeline prepares')
     code, _ = run('image_demo.py', 'camera', *demo, 'camera-out', '--batch-size', '0')
     assert code.startswith('error: batch_size is 0, where at least one')
     code, _ = run('image_demo.py', 'none.jpg', 'faster.py', '--weights', 'faster.pth')
     assert code.startswith('error: none.jpg does not exist: give an image')
     code, _ = run('image_demo.py', 'data/digits/val', 'faster-rcnn_od-r18-k4', '--weights', 'x.pth')
     assert 'did you mean faster-rcnn_od-r18-k4_fpn_digits.py' in code
+
+
+def test_image_demo_of_many_classes_and_a_test_set_made_of_several(root, run):
+    """More classes than COCO's palette has colours, which new-config's configs inherit."""
+    base = re.search(r"_base_ = '(.+)'", (root / 'faster.py').read_text()).group(1)
+    pipeline = Config.fromfile(base).test_dataloader.dataset.pipeline
+    (root / 'many.py').write_text(f"""
+_base_ = './faster.py'
+classes = tuple(f'class {{i}}' for i in range(120))
+model = dict(roi_head=dict(bbox_head=dict(num_classes=120)),
+             test_cfg=dict(rcnn=dict(score_thr=0.0)))
+test_dataloader = dict(dataset=dict(_delete_=True, type='ConcatDataset', datasets=[dict(
+    type='CocoDataset', metainfo=dict(classes=classes), pipeline={pipeline})]))
+""")
+    torch.save(build_model(Config.fromfile(root / 'many.py')).state_dict(), root / 'many.pth')
+    code, said = run('image_demo.py', 'data/digits/val', 'many.py', '--weights', 'many.pth',
+                     '--out', 'many', '--device', 'cpu', '--score', '0')
+    assert code is None and '4 images or frames' in said
+    found = [label for path in (root / 'many/preds').iterdir()
+             for label in json.loads(path.read_text())['labels']]
+    assert max(found) >= 80
 
 
 @pytest.mark.parametrize(('name', 'codec'), [('clip.avi', 'MJPG'), ('clip.mp4', 'mp4v')])
@@ -449,6 +479,12 @@ def test_image_demo_of_a_video(root, run, monkeypatch, name, codec):
                                                                           f'{codec}/vis/{name}'))
     assert len(video) == len(drawn) == 3 and drawn[0].shape == shape
     assert np.abs(drawn[0].astype(int) - video[0]).max() > 100
+    # In a picture a box has the same colour, however either was compressed.
+    mmcv.imwrite(video[0], str(root / f'{codec}.png'))
+    run('image_demo.py', f'{codec}.png', *demo[2:])
+    picture = mmcv.imread(str(root / codec / f'vis/{codec}.png')).astype(int)
+    apart, swapped = (np.abs(picture - other).mean() for other in (drawn[0], drawn[0][..., ::-1]))
+    assert apart < swapped / 2
     predictions = json.loads((root / codec / 'preds/clip.json').read_text())
     config, model = detector(root, 'faster')
     model.cfg = config

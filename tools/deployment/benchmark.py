@@ -5,21 +5,24 @@
 
 Both are fused, have random weights and take one image; each answers what it does in PyTorch, or
 the command says so. Milliseconds are medians of rounds in which all take turns. --checkpoint is
-of the config's detector and --static of its counterpart; then whole detectors are timed, and
-COCO mAP on the config's test set is computed through each format. Without --checkpoint, the
-dynamic detector is inflated from the static one, which may be given alone.
+of the config's detector and --static of its counterpart; then whole detectors are timed on the
+first image of the test set, and COCO mAP on that set is computed through each format. Without
+--checkpoint, the dynamic detector is inflated from the static one, which may be given alone.
 """
 import argparse
 import functools
 
 import torch
+import torch.nn.functional as F
 from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
 
 from mmdet_odconv import config_path
+from mmdet_odconv.deployment.preprocessing import example_images
 from mmdet_odconv.deployment.timing import (
     FORMATS,
+    check_evaluator,
     counterparts,
     is_installed,
     mean_average_precision,
@@ -33,7 +36,8 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', metavar='CONFIG')
     parser.add_argument('--part', choices=['backbone', 'detector'], default='backbone')
-    parser.add_argument('--size', type=int, nargs=2, default=(224, 320), metavar=('H', 'W'))
+    parser.add_argument('--size', type=int, nargs=2, metavar=('H', 'W'),
+                        help="224 320, or with weights that of the test set's image")
     parser.add_argument('--formats', nargs='+', choices=FORMATS, default=FORMATS)
     parser.add_argument('--rounds', type=int, default=10)
     parser.add_argument('--checkpoint', metavar='FILE', help='of the dynamic detector')
@@ -46,19 +50,27 @@ def main():
                      'random one would stand')
     if args.rounds < 1:
         parser.error(f'--rounds is {args.rounds}, where at least one was expected')
-    if checkpoints:
-        args.part = 'detector'
+    if args.size and min(args.size) < 1:
+        parser.error(f'--size is {args.size[0]} {args.size[1]}, where at least 1 1 was expected')
     with errors_explained():
         torch.manual_seed(0)
         config = Config.fromfile(config_path(args.config))
+        if checkpoints:
+            args.part = 'detector'
+            check_evaluator(config)
         models = counterparts(config, args.part, checkpoints)
         score = functools.partial(mean_average_precision, config, models['dynamic'])
-        rows = time_formats(models, torch.randn(1, 3, *args.size), args.formats, args.rounds,
+        if checkpoints:
+            image = example_images(config, models['dynamic'].preprocessing, [])[0]
+            image = F.interpolate(image, args.size, mode='bilinear') if args.size else image
+        else:
+            image = torch.randn(1, 3, *(args.size or (224, 320)))
+        rows = time_formats(models, image, args.formats, args.rounds,
                             score if checkpoints else None)
     refused = [row for row in rows if 'refused' in row]
     rows = [row for row in rows if 'refused' not in row]
     static = {row['format']: row['ms'] for row in rows if row['model'] == 'static'}
-    table = Table(title=f'{args.part}, one image of {args.size[0]}x{args.size[1]}, '
+    table = Table(title=f'{args.part}, one image of {image.shape[2]}x{image.shape[3]}, '
                         f'{torch.get_num_threads()} threads')
     for column in ('format', 'model', 'ms', 'of static', 'MB', 'error', *(
             ['mAP'] if checkpoints else [])):
@@ -66,7 +78,8 @@ def main():
     for row in rows:
         table.add_row(row['format'], row['model'], f'{row["ms"]:.1f}',
                       f'{row["ms"] / static[row["format"]]:.2f}', f'{row["MB"]:.1f}',
-                      f'{row["error"]:.0e}', *([f'{row["mAP"]:.3f}'] if checkpoints else []))
+                      'none found' if row['error'] is None else f'{row["error"]:.0e}',
+                      *([f'{row["mAP"]:.3f}'] if checkpoints else []))
     for kind in args.formats:
         if not is_installed(kind):
             table.add_row(kind, 'not installed')

@@ -70,6 +70,7 @@ def main():
         description = args.out.parent / f'{args.out.stem}.json'
         for file in (args.out, description):
             refuse_existing(file, args.force)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         config = Config.fromfile(config_path(args.config))
         init_default_scope(config.get('default_scope', 'mmdet'))
         model, classes = load_detector(config, args.checkpoint)
