@@ -42,9 +42,9 @@ def exported_conv2d(input: Tensor, weight: Tensor, kernel_attention: Optional[Te
     # there are several, or several filters in a group.
     is_one = _constant_batch(input) == 1
     images = () if is_one else (-1, )
-    filters, channels = ((groups, out_channels // groups), (groups, 1, group_channels))
+    filters, channels = [groups, out_channels // groups], [groups, 1, group_channels]
     if groups in (1, out_channels):
-        filters, channels = (out_channels, ), (groups, group_channels)
+        filters, channels = [out_channels], [groups, group_channels]
     kernels = weight.reshape(-1, *filters, group_channels, *kernel_size)
     if kernel_attention is not None:
         kernels = (kernel_attention @ kernels.flatten(1)).reshape(*images, *kernels.shape[1:])
