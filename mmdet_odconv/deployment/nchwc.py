@@ -71,6 +71,8 @@ class _Blocking:
         self.nodes: List[Any] = []
         self.blocked: Dict[str, str] = {}  # maps, by name: their blocked selves
         self.channels: Dict[str, int] = {}  # of those that were made blocked, and may be padded
+        self.sizes: Dict[str, tuple] = {}  # and what tells that maps are as high and wide
+        self.made = {*self.constants, *(given.name for given in model.graph.input)}
         self.plain: set = set()  # blocked maps that are there unblocked as well
         self.numbers = itertools.count()
 
@@ -82,20 +84,23 @@ class _Blocking:
             source = node.input[0] if node.input else None
             if node.op_type == 'Conv' and self._is_taken(node):
                 done.update(id(reader) for reader in self._convolve(node))
-            elif node.op_type == 'MaxPool' and source in self.channels:
+            elif (node.op_type == 'MaxPool' and source in self.channels
+                  and len(node.output) == 1):
                 self._keep(node.output[0], self.channels[source], self._add(
-                    'MaxPool', [self.blocked[source]], DOMAIN, **self._attributes(node)))
+                    'MaxPool', [self.blocked[source]], DOMAIN, **self._attributes(node)),
+                    self._size_after(node))
             elif node.op_type in ('Relu', 'Clip') and source in self.channels:
                 self._keep(node.output[0], self.channels[source], self._add(
                     node.op_type, [self.blocked[source], *node.input[1:]],
-                    **self._attributes(node)))
+                    **self._attributes(node)), self.sizes[source])
             elif (node.op_type == 'ReduceMean' and source in self.channels
-                  and len(self.shapes.get(node.output[0], ())) == 2):
+                  and self._is_over_places(node)):
                 self._average(node)
             else:
                 for name in self._read_by(node):
                     self._unblock(name)
                 self.nodes.append(node)
+                self.made.update(node.output)
         for name in self.outputs:
             self._unblock(name)
         del self.model.graph.node[:]
@@ -122,7 +127,7 @@ class _Blocking:
         width = channels if groups == 1 else groups
         if node.input[1] in self.constants:
             return groups == 1 and channels < MIN_CHANNELS
-        return width % BLOCK == 0 or width < MIN_CHANNELS
+        return width % BLOCK == 0 or groups == 1 and width < MIN_CHANNELS
 
     def _shape(self, name: str) -> List[int]:
         """Of a constant or computed tensor; sizes that depend on the image are 0."""
@@ -157,7 +162,9 @@ class _Blocking:
         output, replaced = node.output[0], []
         bias = node.input[2] if len(node.input) > 2 else ''
         adding, other = self._addition(output)
-        if not bias and other and self._shape(other) in ([filters, 1, 1], [1, filters, 1, 1]):
+        if other and not bias and (other in self.made or other in self.blocked) and (
+                self._shape(other) in ([filters, 1, 1], [1, filters, 1, 1])):
+            self._unblock(other)
             bias = self._reshaped(other, [filters])
             output = adding.output[0]
             replaced.append(adding)
@@ -165,7 +172,8 @@ class _Blocking:
         if bias and more[0]:
             bias = self._add('Pad', [bias, self._constant([0, more[0]])])
         inputs.append(bias)
-        if other in self.channels and self._shape(other) == self._shape(output) != []:
+        size = self._size_after(node)
+        if other and self.channels.get(other) == filters and self.sizes[other] == size:
             inputs.append(self.blocked[other])
             output = adding.output[0]
             replaced.append(adding)
@@ -178,8 +186,32 @@ class _Blocking:
                     limit is not None)]
             output = activation.output[0]
             replaced.append(activation)
-        self._keep(output, filters, self._add('Conv', inputs, DOMAIN, **attributes))
+        self._keep(output, filters, self._add('Conv', inputs, DOMAIN, **attributes), size)
         return replaced
+
+    def _size_after(self, node) -> tuple:
+        """By what the height and width of a convolution's or pooling's output are known.
+
+        Of H places they leave (H + offset) // stride + 1: the same of maps of equal size.
+        """
+        attributes = self._attributes(node)
+        kernel = attributes.get('kernel_shape') or self._shape(node.input[1])[2:]
+        before = self.sizes.get(node.input[0], (node.input[0], ))
+        if attributes.get('auto_pad', b'NOTSET') != b'NOTSET' or attributes.get('ceil_mode'):
+            return (node.output[0], )
+        pads = attributes.get('pads', [0, 0, 0, 0])
+        strides, dilations = (attributes.get(name, [1, 1]) for name in ('strides', 'dilations'))
+        steps = [(pads[i] + pads[i + 2] - dilations[i] * (kernel[i] - 1) - 1, strides[i])
+                 for i in (0, 1)]
+        return before if steps == [(-1, 1), (-1, 1)] else (before, *steps)
+
+    def _is_over_places(self, node) -> bool:
+        """Whether a mean of a map is over its rows and columns, and leaves no axes of them."""
+        axes = self._attributes(node).get('axes')
+        if axes is None and len(node.input) > 1:
+            axes = self.constants.get(node.input[1])
+        return (axes is not None and sorted(int(axis) % 4 for axis in axes) == [2, 3]
+                and len(self._shape(node.output[0])) == 2)
 
     def _average(self, node) -> None:
         """The mean over places, (1, C): of one place, blocks are channels as they stand."""
@@ -211,8 +243,8 @@ class _Blocking:
                 names += self._read_by(inner)
         return names
 
-    def _keep(self, name: str, channels: int, blocked: str) -> None:
-        self.blocked[name], self.channels[name] = blocked, channels
+    def _keep(self, name: str, channels: int, blocked: str, size: tuple) -> None:
+        self.blocked[name], self.channels[name], self.sizes[name] = blocked, channels, size
 
     def _unblock(self, name: str) -> None:
         if name in self.blocked and name not in self.plain:
@@ -234,6 +266,7 @@ class _Blocking:
         output = output or f'nchwc/{kind}/{next(self.numbers)}'
         self.nodes.append(self.onnx.helper.make_node(kind, inputs, [output], domain=domain,
                                                      **attributes))
+        self.made.add(output)
         return output
 
     def _attributes(self, node) -> Dict[str, Any]:
