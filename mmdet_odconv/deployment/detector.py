@@ -117,7 +117,8 @@ class TensorDetector(nn.Module):
                 divisor = math.lcm(divisor, stride)
         self.preprocessing = Preprocessing(model.data_preprocessor, divisor, normalize, resize)
         last = model.roi_head if self.two_stages else model.bbox_head
-        self.most = last.test_cfg.get('max_per_img', -1)
+        # Which YOLOX's head does not read.
+        self.most = -1 if isinstance(last, YOLOXHead) else last.test_cfg.get('max_per_img', -1)
         self.output_names = ['boxes', 'scores', 'labels', *['images'] * batched]
         if self.two_stages and model.roi_head.with_mask:
             self.output_names.append('masks')
@@ -194,7 +195,7 @@ class TensorDetector(nn.Module):
             boxes = head._bbox_decode(torch.cat(priors), deltas)
             of_image, rows = (scores >= head.test_cfg.score_thr).nonzero().unbind(1)
             found = [part[of_image, rows] for part in (boxes, scores, labels)]
-            return suppress(found[0], found[1], found[2], of_image, batch, head.test_cfg)
+            return suppress(found[0], found[1], found[2], of_image, batch, head.test_cfg, False)
         candidates = []
         for i, (logits, deltas, *factors) in enumerate(zip(*levels)):
             scores = logits.sigmoid() if head.use_sigmoid_cls else logits.softmax(-1)[..., :-1]
@@ -328,10 +329,10 @@ def select_classes(scores: Tensor, boxes: Tensor, rois: Tensor, batch: Any, cfg)
                     rois[rows, 0].long(), batch, cfg)
 
 
-def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, images: Tensor, batch: Any,
-             cfg) -> Found:
-    """Non-maximum suppression among boxes of equal labels and images, (N,) each, of a batch, and
-    the most that an image may have; image by image.
+def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, images: Tensor, batch: Any, cfg,
+             is_limited: bool = True) -> Found:
+    """Non-maximum suppression among boxes of equal labels and images, (N,) each, of a batch, and,
+    if it is limited, the most that an image may have; image by image.
     """
     apart = boxes
     if not cfg.nms.get('class_agnostic', False):
@@ -341,7 +342,7 @@ def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, images: Tensor, batc
     numbers = torch.arange(batch, device=images.device)[:, None]
     keep = nms(apart, torch.where(numbers == images, scores, -1.0), float(cfg.nms.iou_threshold))
     most: Optional[int] = cfg.get('max_per_img')
-    if most is not None and most > 0:
+    if is_limited and most is not None and most > 0:
         # Images follow one another: the first of each has as many before it as those have kept.
         kept = (numbers == images[keep]).sum(1)
         first = (kept.cumsum(0) - kept)[images[keep]]

@@ -3,7 +3,7 @@ import copy
 import json
 import logging
 from pathlib import Path
-from typing import List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import mmcv
 import torch
@@ -19,6 +19,11 @@ from torch.onnx.operators import shape_as_tensor
 from ..checkpoints.files import writing
 from ..errors import InputError
 
+# Steps of a pipeline that a graph can take the place of, with what they must be told if anything.
+PLAIN_STEPS: Dict[str, Dict[str, Any]] = dict(
+    LoadImageFromFile=dict(color_type='color', imdecode_backend='cv2', to_float32=False),
+    LoadAnnotations={}, PackDetInputs={}, Resize=dict(backend='cv2', interpolation='bilinear'))
+
 
 class Resize:
     """MMCV's ``Resize`` of images of one size, as a function of tensors.
@@ -33,16 +38,22 @@ class Resize:
         self.scale, self.keep_ratio = scale, keep_ratio
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) of whole values from 0 to 255, resized and rounded as OpenCV does."""
+        """Images (B, 3, H, W), resized as OpenCV does, but not rounded to whole values.
+
+        Rounding, a runtime would put what another has at a half on the other side of it.
+        """
         size = size_of(images).double()  # as in Python, where MMCV computes it
         if self.keep_ratio:
-            factor = torch.minimum(max(self.scale) / size.max(), min(self.scale) / size.min())
+            # A number by a tensor would be the tensor's reciprocal in ONNX, in single precision.
+            most = torch.tensor([max(self.scale), min(self.scale)], dtype=torch.float64,
+                                device=size.device)
+            factor = (most / torch.stack([size.max(), size.min()])).min()
             height, width = (size * factor + 0.5).long()
         else:
             width, height = torch.tensor(self.scale)
         if not torch.jit.is_tracing():
             height, width = height.item(), width.item()
-        return F.interpolate(images, (height, width), mode='bilinear').round()
+        return F.interpolate(images, (height, width), mode='bilinear')
 
 
 class Preprocessing(nn.Module):
@@ -105,19 +116,19 @@ def resize_of(config: Config) -> Resize:
     """How a config's test pipeline resizes images.
 
     Raises:
-        InputError: if it does not, does it in a way that is not known here, or pads the image,
-            too.
+        InputError: if it does not, does it in a way that is not known here, or changes the image
+            otherwise, too.
     """
-    found = _resizing(config) or []
-    kinds = [_kind(step) for step in found]
-    scale = found[0].get('scale') if found else None
-    bilinear = all(step.get('backend', 'cv2') == 'cv2' and step.get(
-        'interpolation', 'bilinear') == 'bilinear' for step in found)
-    if kinds != ['Resize'] or not bilinear or not (
-            isinstance(scale, (tuple, list)) and len(scale) == 2):
-        raise InputError(f'The test pipeline resizes by {found or "nothing"}, which the graph '
-                         'cannot: expected one bilinear Resize with scale=(width, height). Leave '
-                         '--resize out, and resize images before the file.')
+    steps = test_pipeline(config)
+    unknown = [dict(step) for step in steps if _kind(step) not in PLAIN_STEPS or any(
+        step.get(key, value) != value for key, value in PLAIN_STEPS[_kind(step)].items())]
+    found = [step for step in steps if _kind(step) == 'Resize']
+    scale = found[0].get('scale') if len(found) == 1 else None
+    if unknown or not (isinstance(scale, (tuple, list)) and len(scale) == 2):
+        raise InputError(f'The test pipeline prepares images by {unknown or found or "no Resize"}, '
+                         'which the graph cannot: expected one bilinear Resize with scale=(width, '
+                         'height) and nothing else. Leave --resize out, and prepare images before '
+                         'the file.')
     return Resize((scale[0], scale[1]), found[0].get('keep_ratio', False))
 
 
@@ -212,19 +223,22 @@ def example_images(config: Config, preprocessing: Preprocessing,
     if files:
         inputs = [_prepared(config, preprocessing, file) for file in files]
     else:
-        try:
-            sample = DATASETS.build(config.test_dataloader.dataset)[0]
-            inputs = [read_image(sample['data_samples'].img_path) if preprocessing.resize else
-                      sample['inputs']]
-        except (AttributeError, OSError) as error:
-            why = error if isinstance(error, OSError) else 'the config has no test_dataloader'
+        inputs, why = [], 'the config has no test_dataloader'
+        if config.get('test_dataloader'):
+            try:
+                data_set = DATASETS.build(config.test_dataloader.dataset)
+                inputs = [read_image(data_set.get_data_info(0)['img_path']) if preprocessing.resize
+                          else data_set[0]['inputs']]
+            except OSError as error:
+                why = str(error)
+        if not inputs:
             print_log(f'No image of a test set is here ({why}): noise takes its place, in which a '
                       'detector may find nothing. Give --image.', logger='current',
                       level=logging.WARNING)
             inputs = [torch.randint(0, 256, (3, 224, 320))]
     images = [as_taken(preprocessing, image) for image in inputs]
     smaller = F.interpolate(images[0], scale_factor=(0.9, 0.75), mode='bilinear')
-    return [*images, smaller.round() if preprocessing.resize else smaller]
+    return [*images, smaller]
 
 
 def _prepared(config: Config, preprocessing: Preprocessing, file: str) -> Tensor:
@@ -236,8 +250,15 @@ def _prepared(config: Config, preprocessing: Preprocessing, file: str) -> Tensor
 
 
 def read_image(file: str) -> Tensor:
-    """An image as it is in its file, (3, H, W), BGR."""
-    return torch.from_numpy(mmcv.imread(file).transpose(2, 0, 1).copy())
+    """An image as it is in its file, (3, H, W), BGR.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
+    image = mmcv.imread(file)
+    if image is None:
+        raise InputError(f'{file} could not be read as an image: give another.')
+    return torch.from_numpy(image.transpose(2, 0, 1).copy())
 
 
 def as_taken(preprocessing: Preprocessing, image: Tensor, samples: Optional[list] = None) -> Tensor:

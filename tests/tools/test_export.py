@@ -21,6 +21,7 @@ from mmdet.models import DetDataPreprocessor
 from mmdet.registry import DATASETS, TRANSFORMS
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
+from torch import nn
 
 import mmdet_odconv
 from mmdet_odconv import InputError
@@ -34,6 +35,7 @@ from mmdet_odconv.deployment.export import (
     compare,
     load_detector,
     mask_threshold,
+    write_onnx,
 )
 from mmdet_odconv.deployment.preprocessing import (
     Preprocessing,
@@ -266,8 +268,27 @@ def test_resizing_is_mmcvs(size, scale, keep_ratio):
     found = Resize(scale, keep_ratio)(image)
     assert found.shape[2:] == wanted.shape[:2]
     difference = (found - torch.from_numpy(wanted).permute(2, 0, 1)).abs()
-    # OpenCV's products are whole numbers, cut off: an eighth of the values is one off.
-    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.2
+    assert difference.max() < 1 and difference.mean() < 0.3  # OpenCV rounds
+
+
+class Resizing(nn.Module):
+
+    def forward(self, image):
+        return Resize((1333, 800), True)(image[:, :1])
+
+
+@pytest.mark.parametrize('engine', ['onnxruntime', 'openvino'])
+def test_a_graph_finds_the_sizes_that_mmcv_finds(tmp_path, engine):
+    """In double precision: in single, these are one pixel off."""
+    if importlib.util.find_spec(engine) is None:
+        pytest.skip(f'{engine} is not installed')
+    write_onnx(Resizing(), torch.rand(1, 3, 60, 80), tmp_path / 'resize.onnx', ['image_'],
+               {2: 'rows', 3: 'columns'})
+    run = Runtime(tmp_path / 'resize.onnx', engine)
+    for size in ((396, 792), (1111, 704), (75, 100), (480, 640), (1200, 333)):
+        wanted = TRANSFORMS.build(dict(type='mmdet.Resize', scale=(1333, 800), keep_ratio=True))(
+            dict(img=np.zeros((*size, 3), np.uint8)))['img_shape']
+        assert run(torch.rand(1, 3, *size))[0].shape[2:] == wanted
 
 
 @pytest.mark.skipif(not hasattr(torch.compiler, 'is_exporting'), reason='torch before 2.7')
@@ -335,8 +356,18 @@ def test_what_cannot_be_exported_is_named(root, export):
         "_base_ = './faster.py'\ntest_dataloader = dict(dataset=dict(pipeline=["
         "dict(type='LoadImageFromFile'), dict(type='Resize', scale=(64, 64), keep_ratio=True), "
         "dict(type='Pad', size=(64, 64)), dict(type='PackDetInputs')]))")
-    assert re.match(r"error: The test pipeline resizes by \[.*'Pad'.*\], which the graph cannot: "
-                    r'expected one bilinear Resize', refused('padded.py', 'faster.pth', '--resize'))
+    assert re.match(r"error: The test pipeline prepares images by \[.*'Pad'.*\], which the graph "
+                    'cannot: expected one bilinear Resize', refused(
+                        'padded.py', 'faster.pth', '--resize'))
+    for step in ("dict(type='RandomFlip', prob=1.0)", "dict(type='Resize', scale=(9, 9))",
+                 "dict(type='LoadImageFromFile', color_type='grayscale')"):
+        (root / 'other.py').write_text((root / 'padded.py').read_text().replace(
+            "dict(type='Pad', size=(64, 64))", step))
+        assert refused('other.py', 'faster.pth', '--resize').startswith(
+            'error: The test pipeline prepares images by [')
+    (root / 'bad.jpg').write_bytes(b'no image')
+    assert refused('faster.py', 'faster.pth', '--resize', '--image', 'bad.jpg') == (
+        'error: bad.jpg could not be read as an image: give another.')
     assert refused('mask.py', 'faster.pth').startswith('error: faster.pth lacks ')
     (root / 'rpn.py').write_text(
         "_base_ = './faster.py'\nmodel = dict(roi_head=dict(bbox_roi_extractor=dict("

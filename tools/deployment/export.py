@@ -85,7 +85,7 @@ def main():
                                     detector.batched), description, args.force)
         print(f'{args.out}: {args.out.stat().st_size / 1e6:.1f} MB')
         for found in checked:
-            print('{size}: {detections} detections equal, boxes within {boxes:.1g} px, scores '
+            print('{size}: {compared} detections equal, boxes within {boxes:.1g} px, scores '
                   'within {scores:.1g}'.format(**found))
         if checked and not any(found['detections'] for found in checked):
             print('Nothing was detected in them, so that no box was compared: give --image.')
