@@ -64,14 +64,17 @@ class Gated(nn.Module):
         self.stem, self.a = dynamic(3, 24, 3), dynamic(24, 16, 1, bias=False)
         self.b, self.c = dynamic(24, 16, 1), dynamic(24, 16, (1, 3), padding=(0, 1))
         self.depthwise = dynamic(3, 3, 3, groups=3)
+        self.d, self.e = dynamic(16, 16, 1, bias=False), dynamic(16, 16, 1)
 
     def forward(self, x):
         y = self.stem(x)
         strip = F.max_pool2d(y, (1, 31))
         pooled, where = F.max_pool2d(self.c(y), 2, return_indices=True)
+        wide = self.b(y)
+        gate = self.e(wide.mean((2, 3), keepdim=True))
         return (self.a(y) + self.b(y.mean((2, 3), keepdim=True)), self.b(y) + self.c(strip),
                 2 * y.mean((1, 3)), 2 * y.mean((1, 2)), pooled, where, self.depthwise(x),
-                self.b(y) + self.c(y))
+                self.b(y) + self.c(y), self.d(wide) + gate)
 
 
 NETWORKS = {

@@ -1,4 +1,5 @@
 """The export command on detectors of the quickstart's kind: the file detects what they detect."""
+import copy
 import functools
 import importlib.util
 import json
@@ -219,12 +220,21 @@ def test_a_file_that_takes_pictures_as_they_are(root, export, kind, options):
 
     config, model = detector(root, kind)
     config.merge_from_dict(Config.fromstring(RESIZING[1:], '.py'))
+    run = Runtime(root / 'whole.onnx')
+    data = pseudo_collate([DATASETS.build(config.test_dataloader.dataset)[i] for i in range(2)])
+    results = ExportedDetector(run, model.data_preprocessor, resize=True,
+                               batched=kind == 'mask').test_step(copy.deepcopy(data))
+    with torch.no_grad():
+        plain = model.test_step(data)
+    for found, wanted in zip(results, plain, strict=True):
+        found, wanted = found.pred_instances, wanted.pred_instances
+        near = torch.cdist(found.bboxes, wanted.bboxes, p=float('inf')) < 0.5
+        assert len(found.bboxes) == 20 and near.any(1).sum() >= 17
     model.cfg = config
     pictures = [mmcv.imread(str(path)) for path in sorted((root / 'data/digits/val').iterdir())[:2]]
     pictures = [np.concatenate([picture, picture[:40]]) for picture in pictures]
     expected = [inference_detector(model, picture).pred_instances for picture in pictures]
     images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float()
-    run = Runtime(root / 'whole.onnx')
     batches = [images] if kind == 'mask' else images.split(1)
     for wanted, found in zip(expected, split(run, batches, kind == 'mask'), strict=True):
         boxes, scores, labels, *_ = found
