@@ -221,8 +221,7 @@ class _Blocking:
         mean = self._reshaped(self._add('GlobalAveragePool', [self.blocked[source]], DOMAIN),
                               [1, padded], None if padded > channels else node.output[0])
         if padded > channels:
-            self._add('Slice', [mean, *(self._constant([n]) for n in (0, channels, 1))],
-                      output=node.output[0])
+            self._first(mean, channels, node.output[0])
 
     def _addition(self, name: str) -> Tuple[Any, Optional[str]]:
         """What alone reads a map and adds something, and the name of that."""
@@ -249,8 +248,17 @@ class _Blocking:
     def _unblock(self, name: str) -> None:
         if name in self.blocked and name not in self.plain:
             self.plain.add(name)
-            self._add('ReorderOutput', [self.blocked[name]], DOMAIN, output=name,
-                      channels=self.channels[name])
+            channels = self.channels[name]
+            padded = channels + -channels % BLOCK
+            # It leaves out no whole block, which on some machines padding is.
+            whole = self._add('ReorderOutput', [self.blocked[name]], DOMAIN, None if (
+                padded > channels) else name, channels=padded)
+            if padded > channels:
+                self._first(whole, channels, name)
+
+    def _first(self, name: str, channels: int, output: str) -> None:
+        """The first channels, (1, C, ...)."""
+        self._add('Slice', [name, *(self._constant([n]) for n in (0, channels, 1))], output=output)
 
     def _reshaped(self, name: str, sizes: List[int], output: Optional[str] = None) -> str:
         return self._add('Reshape', [name, self._constant(sizes)], output=output)
