@@ -119,7 +119,7 @@ def test_blocked_graphs_answer_the_same(name, tmp_path):
         assert len(of_kernels) >= 5
     else:
         assert len(of_kernels) == convolutions - as_they_are
-    # Where blocks are of 8 channels, padding to 16 may be a whole one, which this does not leave out.
+    # Of 8 channels a whole block may be padding, which this does not leave out.
     assert all(node.attribute[0].i % 16 == 0 for node in nodes if node.op_type == 'ReorderOutput')
     if name.startswith(('inverted', 'bottlenecks')):  # nothing between two leaves the layout
         assert sum(node.op_type == 'ReorderOutput' for node in nodes) == 1
