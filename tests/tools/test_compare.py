@@ -2,7 +2,6 @@ import argparse
 import importlib
 import json
 import os
-import signal
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -267,7 +266,7 @@ def test_equal_time_of_runs_that_were_timed_unlike(module, monkeypatch, capsys):
 
 
 def test_what_is_queued_when_it_is_interrupted_is_not_begun(module, monkeypatch, capsys):
-    begun, queued, cancelled = [], threading.Event(), threading.Event()
+    begun, running, cancelled = [], threading.Event(), threading.Event()
     shutdown = ThreadPoolExecutor.shutdown
 
     def cancel_and_wait(pool, wait=True, *, cancel_futures=False):
@@ -279,21 +278,23 @@ def test_what_is_queued_when_it_is_interrupted_is_not_begun(module, monkeypatch,
 
     def run_entry(entry, seed, iterations, stats, args):
         begun.append(seed)
+        running.set()
         if seed == 0:
-            queued.wait(10)
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-            cancelled.wait(10)  # as a training that was interrupted, too, takes time to end
+            cancelled.wait(60)  # as a training that was interrupted, too, takes time to end
         return {**record('static', seed), 'error': 'interrupted'}
 
     monkeypatch.setattr(module, 'run_entry', run_entry)
-    monkeypatch.setattr(module, 'track', lambda runs, **options: queued.set() or runs)
+
+    def interrupted(runs, **options):
+        assert running.wait(60)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, 'track', interrupted)
     monkeypatch.setattr(module, 'size_of', lambda entry, data: {})
     monkeypatch.setattr(sys, 'argv', ['compare.py', 'faster-rcnn_r18_fpn_digits.py', '--seeds',
                                       '0', '1', '2', '3'])
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may ignore it
     with pytest.raises(SystemExit) as ended:
         module.main()
-    signal.signal(signal.SIGINT, before)
     assert ended.value.code == 130 and begun == [0]
     assert 'interrupted: run the same command again to go on' in capsys.readouterr().err
 
