@@ -257,8 +257,8 @@ class _Blocking:
             channels = self.channels[name]
             whole = padded(channels) == channels
             # It leaves out no whole block, which on some machines padding is.
-            plain = self._add('ReorderOutput', [self.blocked[name]], DOMAIN, name if whole else None,
-                              channels=padded(channels))
+            plain = self._add('ReorderOutput', [self.blocked[name]], DOMAIN,
+                              name if whole else None, channels=padded(channels))
             if not whole:
                 self._first(plain, channels, name)
 
