@@ -226,7 +226,7 @@ def test_equal_time_is_told_where_it_is_known(module, seconds, ends, expected):
     assert row['difference'][0] == pytest.approx(0.2)
     found = row['at_equal_time']
     assert found is None if expected is None else found[0] == pytest.approx(expected)
-    runs[1]['seconds'] = 1.03  # a quotient of 0.97, and what differs by a hundredth is the same
+    runs[1]['seconds'] = 1.02  # which nineteen twentieths pay for; a hundredth more is the same
     assert module.affordable({0: runs[1]}, {0: runs[0]}) == 712
     runs[1]['seconds'] = 1.008
     assert module.affordable({0: runs[1]}, {0: runs[0]}) == 750
