@@ -1,11 +1,23 @@
-"""Detectors set side by side: one data set and one budget for all, differences paired by seed."""
+"""Detectors set side by side: one data set and one budget for all, differences paired by seed.
+
+The *record* of a run is a dict: its ``config``, the config's ``place`` among those compared (0 is
+what others are compared with), ``seed``, ``iterations`` and ``budget`` ('iterations', or 'time' if
+it was trained once more for as long as the first one's time allows); ``batch_size``, ``data``,
+``images`` (split -> number) and the ``split`` of its box ``map``; ``seconds`` an iteration, and
+what they were taken on (``TIMED_BY``); ``params`` and ``gmadds`` where they were counted. Of a
+failed run there is an ``error``.
+"""
+import collections
 import math
 import statistics
-from typing import Mapping, Optional, Tuple
+from pathlib import Path
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 from mmengine.config import Config
 
 from ..errors import InputError
+
+TIMED_BY = ('cpu', 'threads', 'torch')  # whose seconds are comparable
 
 
 def equal_budget(config: Config, iterations: int, seed: int, evaluations: int = 1) -> Config:
@@ -70,3 +82,92 @@ def paired_difference(scores: Mapping[int, float],
     if n > 1:
         half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(differences) / math.sqrt(n)
     return statistics.mean(differences), half, n
+
+
+def finished(records: Sequence[Mapping]) -> Dict[str, Dict[str, Dict[int, Mapping]]]:
+    """Runs that ended well: config -> budget -> seed -> record, in the order of the records."""
+    groups = collections.defaultdict(lambda: collections.defaultdict(dict))
+    for record in records:
+        if 'error' not in record:
+            groups[record['config']][record['budget']][record['seed']] = record
+    return groups
+
+
+def affordable(runs: Mapping[int, Mapping], baseline: Mapping[int, Mapping]) -> Optional[int]:
+    """Iterations for which the first config's time suffices, in whole twentieths of the budget.
+
+    Both are seed -> record, at equal iterations. A hundredth more is taken for the same: so much
+    do seconds differ by themselves. The first seed's count, so that more seeds change no budget
+    that others were trained for; None without a seed of both that was run alike, by as many
+    threads of the same CPU.
+    """
+    for seed, record in runs.items():
+        if seed in baseline and all(
+                record.get(key) == baseline[seed].get(key) for key in TIMED_BY):
+            share = min(1, baseline[seed]['seconds'] / record['seconds'])
+            return max(1, int(20 * share + 0.2) * record['iterations'] // 20)
+    return None
+
+
+def summarise(records: Sequence[Mapping]) -> List[dict]:
+    """A row for each config, in the order of the records; differences are to the first."""
+    groups = finished(records)
+    first = {record['seed']: record for record in records
+             if record['place'] == 0 and 'error' not in record}
+    baseline = {seed: record['map'] for seed, record in first.items()}
+    rows = []
+    for name, budgets in groups.items():
+        runs = budgets['iterations']
+        if not runs:
+            continue
+        scores = {seed: record['map'] for seed, record in runs.items()}
+        any_run = next(iter(runs.values()))
+        others = any_run['place'] > 0
+        timed = budgets['time']
+        # What costs no more than the first has no second training; if it failed, or was not asked
+        # for, nothing is known of equal time.
+        if affordable(runs, first) == any_run['iterations']:
+            timed = timed or runs
+        rows.append({
+            'config': name, 'place': any_run['place'], 'seeds': sorted(runs),
+            'map': statistics.mean(scores.values()),
+            'spread': statistics.stdev(scores.values()) if len(scores) > 1 else None,
+            'difference': paired_difference(scores, baseline) if others else None,
+            'at_equal_time': paired_difference(
+                {seed: record['map'] for seed, record in timed.items()}, baseline
+            ) if others else None,
+            'iterations_at_equal_time': max(
+                (record['iterations'] for record in timed.values()), default=None),
+            # Of some detectors, as of Sparse R-CNN, nothing counts them.
+            'params': any_run.get('params'), 'gmadds': any_run.get('gmadds'),
+            'seconds': min(record['seconds'] for record in runs.values())})
+    return rows
+
+
+def check_one_comparison(records: Sequence[Mapping], directory: Path) -> None:
+    """Refuse records that no one table can hold: differences between them would mean nothing.
+
+    Raises:
+        InputError: if two are of the same run, or of other data, images or budgets.
+    """
+    found = collections.defaultdict(set)
+    for (name, budget, seed), count in collections.Counter(
+            (record['config'], record['budget'], record['seed']) for record in records).items():
+        if count > 1:
+            raise InputError(f'{directory} holds {count} records of {name} with seed {seed} at '
+                             f'equal {budget}, but a table has one: move the others elsewhere.')
+    for record in records:
+        found['data'].add(record['data'])
+        found['images'].add(' '.join(f'{n} {split}' for split, n in record['images'].items()))
+        found['split'].add(record['split'])
+        found['batch size'].add(record['batch_size'])
+        found['iterations' if record['budget'] == 'iterations' else
+              f'iterations at equal time of {record["config"]}'].add(record['iterations'])
+        if record['place'] == 0:
+            found['the config given first'].add(record['config'])
+    for what, values in found.items():
+        if len(values) > 1:
+            raise InputError(
+                f'{directory} holds records that differ in {what} '
+                f'({", ".join(map(str, sorted(values)))}), but a table is of one comparison: move '
+                'those of the others to directories of their own.')

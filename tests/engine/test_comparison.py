@@ -4,9 +4,11 @@ import math
 
 import pytest
 from mmengine.config import Config
+from records import record
 
 from mmdet_odconv import InputError
-from mmdet_odconv.engine.comparison import equal_budget, paired_difference
+from mmdet_odconv.engine.comparison import (
+    affordable, check_one_comparison, equal_budget, paired_difference, summarise)
 from mmdet_odconv.engine.data_sets import find_splits
 
 
@@ -23,6 +25,36 @@ def test_only_seeds_of_both_count():
     mean, half, n = paired_difference({0: 0.5, 1: 0.7}, {1: 0.6, 2: 0.9})
     assert (mean, n) == (pytest.approx(0.1), 1) and math.isnan(half)
     assert paired_difference({0: 0.5}, {1: 0.5}) is None
+
+
+@pytest.mark.parametrize(('seconds', 'ends', 'expected'), [
+    (2.0, [], None),  # not asked for, or failed and so without a record
+    (2.0, [dict(error='killed')], None),
+    (2.0, [dict(map=0.4)], -0.1),
+    (1.0, [], 0.2)])  # as cheap as the first: the same
+def test_equal_time_is_told_where_it_is_known(seconds, ends, expected):
+    runs = [record('static', 0), record('dynamic', 0, score=0.7, seconds=seconds)]
+    runs += [{**record('dynamic', 0, 375, 'time'), **end} for end in ends]
+    row = summarise(runs)[1]
+    assert row['difference'][0] == pytest.approx(0.2)
+    found = row['at_equal_time']
+    assert found is None if expected is None else found[0] == pytest.approx(expected)
+    runs[1]['seconds'] = 1.02  # which nineteen twentieths pay for; a hundredth more is the same
+    assert affordable({0: runs[1]}, {0: runs[0]}) == 712
+    runs[1]['seconds'] = 1.008
+    assert affordable({0: runs[1]}, {0: runs[0]}) == 750
+    runs[0]['threads'] = 2  # as the first config, alone, was run at first
+    assert affordable({0: runs[1]}, {0: runs[0]}) is None
+
+
+def test_one_comparison_is_of_one_budget(tmp_path):
+    # At equal time there are fewer iterations, and as many for all seeds of a config.
+    runs = [record('static', 0), record('dynamic', 0, 600, 'time')]
+    check_one_comparison(runs, tmp_path)
+    with pytest.raises(InputError, match=r'iterations at equal time of dynamic \(525, 600\)'):
+        check_one_comparison([*runs, record('dynamic', 1, 525, 'time')], tmp_path)
+    with pytest.raises(InputError, match='2 records of static with seed 0 at equal iterations'):
+        check_one_comparison([*runs, record('static', 0)], tmp_path)
 
 
 @pytest.mark.parametrize(('given', 'iterations', 'expected'), [

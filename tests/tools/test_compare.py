@@ -13,8 +13,10 @@ import pytest
 import torch
 from digits import ROOT
 from mmengine.config import Config
+from records import record
 
 from mmdet_odconv import InputError
+from mmdet_odconv.ops.machine import cpu_model
 
 TINY = """_base_ = '{base}'
 model = dict(backbone=dict(base_channels=8, stem_channels=8),
@@ -124,7 +126,7 @@ def test_any_coco_directory_a_test_split_options_and_equal_time(root, forked, mo
         (data / path.stem).rename(data / f'{path.stem}2017')
     static = root / 'out/tiny_r18_coco_batch4_seed0_2iterations'
     static.mkdir(parents=True)
-    run = dict(cpu=forked.cpu_name(), threads=len(os.sched_getaffinity(0)), torch=torch.__version__)
+    run = dict(cpu=cpu_model(), threads=len(os.sched_getaffinity(0)), torch=torch.__version__)
     (static / 'result.json').write_text(json.dumps({'map': 0.75, 'seconds': 1e-9, **run}))
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
     monkeypatch.setattr(sys, 'argv', [
@@ -205,33 +207,6 @@ def test_a_run_of_another_config_is_not_taken_for_its_own(module, tmp_path, monk
 def test_options_are_read_as_cfg_options_are(module):
     assert [module.parse(value) for value in ('false', 'True', 'None', '1e-3', 'LN')] == [
         False, True, None, 1e-3, 'LN']
-
-
-def record(config, seed, iterations=750, budget='iterations', score=0.5, seconds=1.0):
-    return {'config': config, 'place': int(config != 'static'), 'seed': seed, 'budget': budget,
-            'iterations': iterations, 'map': score, 'seconds': seconds, 'params': 1, 'gmadds': 1,
-            'data': 'digits', 'images': dict(train=9, test=9), 'split': 'test', 'batch_size': 4,
-            'cpu': 'EPYC', 'threads': 1, 'torch': '2.13.0'}
-
-
-@pytest.mark.parametrize(('seconds', 'ends', 'expected'), [
-    (2.0, [], None),  # not asked for, or failed and so without a record
-    (2.0, [dict(error='killed')], None),
-    (2.0, [dict(map=0.4)], -0.1),
-    (1.0, [], 0.2)])  # as cheap as the first: the same
-def test_equal_time_is_told_where_it_is_known(module, seconds, ends, expected):
-    runs = [record('static', 0), record('dynamic', 0, score=0.7, seconds=seconds)]
-    runs += [{**record('dynamic', 0, 375, 'time'), **end} for end in ends]
-    row = module.summarise(runs)[1]
-    assert row['difference'][0] == pytest.approx(0.2)
-    found = row['at_equal_time']
-    assert found is None if expected is None else found[0] == pytest.approx(expected)
-    runs[1]['seconds'] = 1.02  # which nineteen twentieths pay for; a hundredth more is the same
-    assert module.affordable({0: runs[1]}, {0: runs[0]}) == 712
-    runs[1]['seconds'] = 1.008
-    assert module.affordable({0: runs[1]}, {0: runs[0]}) == 750
-    runs[0]['threads'] = 2  # as the first config, alone, was run at first
-    assert module.affordable({0: runs[1]}, {0: runs[0]}) is None
 
 
 def test_more_seeds_leave_the_iterations_of_equal_time(module, monkeypatch):
@@ -395,13 +370,14 @@ def test_records_of_two_comparisons(module, tmp_path, monkeypatch, other, differ
     monkeypatch.setattr(sys, 'argv', ['compare.py', '--redraw', str(tmp_path)])
     with pytest.raises(SystemExit, match=f'holds records that differ in {differs}, but a table'):
         module.main()
-    # At equal time there are fewer iterations, and as many for all seeds of a config.
-    runs = [record('static', 0), record('dynamic', 0, 600, 'time')]
-    module.check_one_comparison(runs, tmp_path)
-    with pytest.raises(InputError, match=r'iterations at equal time of dynamic \(525, 600\)'):
-        module.check_one_comparison([*runs, record('dynamic', 1, 525, 'time')], tmp_path)
-    with pytest.raises(InputError, match='2 records of static with seed 0 at equal iterations'):
-        module.check_one_comparison([*runs, record('static', 0)], tmp_path)
+
+
+def test_the_table_names_every_machine(module, tmp_path):
+    """Runs of one seed end differently on two CPUs, so a reader must see that there were two."""
+    runs = [record('static', 0), record('dynamic', 0), {**record('static', 1), 'cpu': 'Xeon'}]
+    module.report(runs, tmp_path, Mock())
+    assert (tmp_path / 'compare.md').read_text().endswith(
+        'EPYC, 1 threads a run, torch 2.13.0; Xeon, 1 threads a run, torch 2.13.0.\n')
 
 
 def test_data_that_are_absent(tmp_path):

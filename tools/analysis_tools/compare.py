@@ -31,7 +31,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import signal
 import statistics
@@ -53,13 +52,14 @@ matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
 
 from mmdet_odconv import InputError, config_path  # noqa: E402
-from mmdet_odconv.engine.comparison import equal_budget, paired_difference  # noqa: E402
+from mmdet_odconv.engine.comparison import (  # noqa: E402
+    TIMED_BY, affordable, check_one_comparison, equal_budget, finished, summarise)
 from mmdet_odconv.engine.data_sets import use_data  # noqa: E402
 from mmdet_odconv.engine.launch import errors_explained  # noqa: E402
+from mmdet_odconv.ops.machine import cpu_model  # noqa: E402
 
 TOOLS = Path(__file__).parents[1]
 FAMILIES = ('od', 'dy', 'cond', 'dcd', 'fd', 'kw', 'se')
-TIMED_BY = ('cpu', 'threads', 'torch')  # whose seconds are comparable
 LOADED = 'loaded'  # how names end of what did not start from scratch
 READING = threading.Lock()
 
@@ -105,13 +105,6 @@ class Entry:
         if batch_size:
             config.train_dataloader.batch_size = batch_size
         return config
-
-
-def cpu_name():
-    """The processor's own name, where Linux tells it."""
-    info = Path('/proc/cpuinfo')
-    found = re.search(r'model name\s*: (.+)', info.read_text()) if info.is_file() else None
-    return found.group(1) if found else platform.processor()
 
 
 def tool(name, *args, log, threads):
@@ -168,7 +161,7 @@ def run(config, directory, threads=1, tested=False):
             val[config.train_cfg.max_iters] = evaluate(
                 given.with_name('on_val.py'), checkpoint, directory / 'val', log, threads)
         # Time of the quietest logged window, 50 iterations: other work counts least.
-        result = {'cpu': cpu_name(), 'threads': threads, 'torch': torch.__version__,
+        result = {'cpu': cpu_model(), 'threads': threads, 'torch': torch.__version__,
                   'map': val[max(val)]['coco/bbox_mAP'],
                   'seconds': min(record['time'] for record in train.values()),
                   'curve': [(i, val[i]['coco/bbox_mAP']) for i in sorted(val)],
@@ -226,66 +219,6 @@ def size_of(entry, data):
     return {'params': round(stats['params'] / 1e6, 3), 'gmadds': round(stats['madds'] / 1e9, 4)}
 
 
-def finished(records):
-    """Runs that ended well: config -> budget -> seed -> record, in the order of the records."""
-    groups = collections.defaultdict(lambda: collections.defaultdict(dict))
-    for record in records:
-        if 'error' not in record:
-            groups[record['config']][record['budget']][record['seed']] = record
-    return groups
-
-
-def affordable(runs, baseline):
-    """Iterations for which the first config's time suffices, in whole twentieths of the budget.
-
-    Both are seed -> record, at equal iterations. A hundredth more is taken for the same: so much
-    do seconds differ by themselves. The first seed's count, so that more seeds change no budget
-    that others were trained for; None without a seed of both that was run alike, by as many
-    threads of the same CPU.
-    """
-    for seed, record in runs.items():
-        if seed in baseline and all(
-                record.get(key) == baseline[seed].get(key) for key in TIMED_BY):
-            share = min(1, baseline[seed]['seconds'] / record['seconds'])
-            return max(1, int(20 * share + 0.2) * record['iterations'] // 20)
-    return None
-
-
-def summarise(records):
-    """A row for each config, in the order of the records; differences are to the first."""
-    groups = finished(records)
-    first = {record['seed']: record for record in records
-             if record['place'] == 0 and 'error' not in record}
-    baseline = {seed: record['map'] for seed, record in first.items()}
-    rows = []
-    for name, budgets in groups.items():
-        runs = budgets['iterations']
-        if not runs:
-            continue
-        scores = {seed: record['map'] for seed, record in runs.items()}
-        any_run = next(iter(runs.values()))
-        others = any_run['place'] > 0
-        timed = budgets['time']
-        # What costs no more than the first has no second training; if it failed, or was not asked
-        # for, nothing is known of equal time.
-        if affordable(runs, first) == any_run['iterations']:
-            timed = timed or runs
-        rows.append({
-            'config': name, 'place': any_run['place'], 'seeds': sorted(runs),
-            'map': statistics.mean(scores.values()),
-            'spread': statistics.stdev(scores.values()) if len(scores) > 1 else None,
-            'difference': paired_difference(scores, baseline) if others else None,
-            'at_equal_time': paired_difference(
-                {seed: record['map'] for seed, record in timed.items()}, baseline
-            ) if others else None,
-            'iterations_at_equal_time': max(
-                (record['iterations'] for record in timed.values()), default=None),
-            # Of some detectors, as of Sparse R-CNN, nothing counts them.
-            'params': any_run.get('params'), 'gmadds': any_run.get('gmadds'),
-            'seconds': min(record['seconds'] for record in runs.values())})
-    return rows
-
-
 def short_names(configs):
     """By config, the backbone alone where that tells all apart, or else its file's whole name."""
     configs = list(configs)
@@ -330,11 +263,13 @@ def markdown(rows, records):
             f'{row["seconds"]:.2f} |']))
     done = next(r for r in records if 'error' not in r and r['budget'] == 'iterations')
     images = ', '.join(f'{number} {split}' for split, number in done['images'].items())
+    made_on = dict.fromkeys(f'{record["cpu"]}, {record["threads"]} threads a run, torch '
+                            f'{record["torch"]}' for record in records if 'error' not in record)
     return '\n'.join([
         *lines, '', f'{done["iterations"]} iterations of {done["batch_size"]} images of '
         f'{done["data"]} ({images} images); box mAP on {done["split"]}, ± its standard deviation '
         'over seeds; differences are paired by seed, ± half their 95% interval (t). '
-        f'{done["cpu"]}, {done["threads"]} threads a run, torch {done["torch"]}.', ''])
+        f'{"; ".join(made_on)}.', ''])
 
 
 def draw(rows, path):
@@ -424,31 +359,6 @@ def report(records, directory, console):
         console.print(f'{record["config"]}, seed {record["seed"]}, failed: {record["error"]}',
                       style='red', markup=False, soft_wrap=True)
     return rows, failed
-
-
-def check_one_comparison(records, directory):
-    """Refuse records that no one table can hold: differences between them would mean nothing."""
-    found = collections.defaultdict(set)
-    for (name, budget, seed), count in collections.Counter(
-            (record['config'], record['budget'], record['seed']) for record in records).items():
-        if count > 1:
-            raise InputError(f'{directory} holds {count} records of {name} with seed {seed} at '
-                             f'equal {budget}, but a table has one: move the others elsewhere.')
-    for record in records:
-        found['data'].add(record['data'])
-        found['images'].add(' '.join(f'{n} {split}' for split, n in record['images'].items()))
-        found['split'].add(record['split'])
-        found['batch size'].add(record['batch_size'])
-        found['iterations' if record['budget'] == 'iterations' else
-              f'iterations at equal time of {record["config"]}'].add(record['iterations'])
-        if record['place'] == 0:
-            found['the config given first'].add(record['config'])
-    for what, values in found.items():
-        if len(values) > 1:
-            raise InputError(
-                f'{directory} holds records that differ in {what} '
-                f'({", ".join(map(str, sorted(values)))}), but a table is of one comparison: move '
-                'those of the others to directories of their own.')
 
 
 def train_all(args):
