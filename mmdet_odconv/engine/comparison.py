@@ -18,6 +18,7 @@ from mmengine.config import Config
 from ..errors import InputError
 
 TIMED_BY = ('cpu', 'threads', 'torch')  # whose seconds are comparable
+UNKNOWN = 'unknown'  # of older records, and of a run that was resumed on another machine
 
 
 def equal_budget(config: Config, iterations: int, seed: int, evaluations: int = 1) -> Config:
@@ -97,15 +98,15 @@ def affordable(runs: Mapping[int, Mapping], baseline: Mapping[int, Mapping]) -> 
     """Iterations for which the first config's time suffices, in whole twentieths of the budget.
 
     Both are seed -> record, at equal iterations. A hundredth more is taken for the same: so much
-    do seconds differ by themselves. The first seed's count, so that more seeds change no budget
-    that others were trained for; None without a seed of both that was run alike, by as many
-    threads of the same CPU.
+    do seconds differ by themselves. The least seed's count, so that greater ones, added later,
+    change no budget that others were trained for; None without a seed of both that was run alike,
+    by as many threads of the same CPU.
     """
-    for seed, record in runs.items():
-        if seed in baseline and all(
-                record.get(key) == baseline[seed].get(key) for key in TIMED_BY):
-            share = min(1, baseline[seed]['seconds'] / record['seconds'])
-            return max(1, int(20 * share + 0.2) * record['iterations'] // 20)
+    for seed in sorted(runs.keys() & baseline.keys()):
+        ours, first = runs[seed], baseline[seed]
+        if all(ours.get(key, UNKNOWN) == first.get(key) != UNKNOWN for key in TIMED_BY):
+            share = min(1, 1.01 * first['seconds'] / ours['seconds'])
+            return max(1, int(20 * share) * ours['iterations'] // 20)
     return None
 
 

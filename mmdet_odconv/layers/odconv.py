@@ -198,6 +198,7 @@ def build_pooled_norm(cfg: dict, channels: int) -> nn.Module:
 
     Raises:
         ValueError: for another type, or for what leaves one value to normalise.
+        InputError (when weights are loaded): if they are of another kind of norm.
     """
     if not isinstance(cfg, dict):
         raise ValueError(f"norm_cfg of the attention must be a dict such as dict(type='LN'), got "
@@ -230,7 +231,21 @@ def build_pooled_norm(cfg: dict, channels: int) -> nn.Module:
         norm: nn.Module = cls(*sizes, **cfg)
     except TypeError as error:  # an argument that torch's does not have
         raise ValueError(f'norm_cfg of the attention: {error}') from error
+    norm._register_load_state_dict_pre_hook(_check_kind, with_module=True)
     return norm.requires_grad_(requires_grad)
+
+
+def _check_kind(norm: nn.Module, state_dict: Dict[str, Tensor], prefix: str, *_) -> None:
+    """Raised, because weight and bias fit either kind, and the network computes something else."""
+    has_averages = prefix + 'running_mean' in state_dict
+    is_given = has_averages or prefix + 'weight' in state_dict
+    if is_given and has_averages != isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        found, expected = "'BN'", "'LN' or 'GN'"
+        if not has_averages:
+            found, expected = expected, found
+        raise InputError(f'{prefix[:-1] or "norm"} of an attention is of norm_cfg type {expected}, '
+                         f"but the checkpoint's is of {found}: set norm_cfg in the layer's "
+                         'conv_cfg to that, or give weights of the same network.')
 
 
 def normalise_pooled(norm: nn.Module, x: Tensor) -> Tensor:

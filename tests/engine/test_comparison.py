@@ -8,7 +8,12 @@ from records import record
 
 from mmdet_odconv import InputError
 from mmdet_odconv.engine.comparison import (
-    affordable, check_one_comparison, equal_budget, paired_difference, summarise)
+    affordable,
+    check_one_comparison,
+    equal_budget,
+    paired_difference,
+    summarise,
+)
 from mmdet_odconv.engine.data_sets import find_splits
 
 
@@ -43,6 +48,13 @@ def test_equal_time_is_told_where_it_is_known(seconds, ends, expected):
     assert affordable({0: runs[1]}, {0: runs[0]}) == 712
     runs[1]['seconds'] = 1.008
     assert affordable({0: runs[1]}, {0: runs[0]}) == 750
+    runs[1]['seconds'] = 4.18  # which 4.78 twentieths pay for
+    assert affordable({0: runs[1]}, {0: runs[0]}) == 150
+    greater = {**runs[1], 'seconds': 2.0}  # of a seed that is given first, and changes nothing
+    assert affordable({1: greater, 0: runs[1]}, {1: runs[0], 0: runs[0]}) == 150
+    for key in ('cpu', 'threads', 'torch'):
+        unknown = [{**run, key: 'unknown'} for run in runs]
+        assert affordable({0: unknown[1]}, {0: unknown[0]}) is None
     runs[0]['threads'] = 2  # as the first config, alone, was run at first
     assert affordable({0: runs[1]}, {0: runs[0]}) is None
 

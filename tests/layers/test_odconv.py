@@ -1,3 +1,4 @@
+import copy
 import json
 import warnings
 
@@ -8,7 +9,7 @@ from reference import randomised
 from torch import nn
 
 from mmdet_odconv import InputError, ODConv2d
-from mmdet_odconv.layers import odconv
+from mmdet_odconv.layers import FDConv2d, odconv
 
 
 @pytest.mark.parametrize('mode', ['eval', 'train'])
@@ -156,6 +157,21 @@ def test_gates_as_published_are_where_none_are_asked_for():
     torch.testing.assert_close(scaled.eval()(x), 8 * published.eval()(x))
     with pytest.raises(ValueError, match='gate_scale must be greater than 0 and finite, got 0'):
         ODConv2d(8, 12, 3, gate_scale=0)
+
+
+@pytest.mark.parametrize(('layer', 'norm'), [
+    (ODConv2d, 'attention.bn'), (FDConv2d, 'KSM_Global.bn')])
+def test_weights_of_another_norm_are_refused(layer, norm):
+    """Their weight and bias fit, and what they compute is not what was trained."""
+    batch, other = (layer(64, 64, 3, norm_cfg=dict(type=kind)) for kind in ('BN', 'LN'))
+    with pytest.raises(InputError, match=f"{norm} of an attention is of norm_cfg type 'LN' or "
+                                         "'GN', but the checkpoint's is of 'BN': set norm_cfg in"):
+        other.load_state_dict(batch.state_dict())
+    with pytest.raises(InputError, match="type 'BN', but the checkpoint's is of 'LN' or 'GN': "):
+        batch.load_state_dict(other.state_dict())
+    for same in (batch, other):
+        copy.deepcopy(same).load_state_dict(same.state_dict())
+        copy.deepcopy(same).load_state_dict({}, strict=False)
 
 
 def test_a_gate_scale_that_was_rounded_to_half_precision_is_the_same():

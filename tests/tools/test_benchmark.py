@@ -76,7 +76,8 @@ def test_a_size_that_the_static_network_has_not():
 def test_measured_plans_are_those_that_can_serve_each_layer():
     result = subprocess.run(
         [sys.executable, str(SCRIPT.with_name('measure_plans.py')), 'ODMobileNetV2',
-         '--kernel-num', '1', '--batch', '2', '--size', '32', '32', '--rounds', '2'],
+         '--kernel-num', '1', '--batch', '2', '--size', '32', '32', '--rounds', '2',
+         '--device', 'cpu'],
         capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     rows = [[cell.strip() for cell in line.split('│')[2:-1]]
@@ -153,3 +154,44 @@ def test_a_kernelwarehouse_of_any_size_and_no_other_layer_in_it(benchmark, monke
     with pytest.raises(SystemExit):
         benchmark.parse_args()
     assert 'KWResNet has layers of its own' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(('given', 'said'), [
+    ('--suite --batch 8', '--suite does not read --batch: leave it out'),
+    ('backbone ODResNet --suite', '--suite measures its own cases, and no backbone'),
+    ('detector x.py --layer-options fbm=False', 'detector does not read --layer-options'),
+    ('layer --depth 18', 'layer does not read --depth'),
+    ('layer --rounds 0', '--rounds must be at least 1, got 0'),
+    ('layer --batch 2 0', '--batch must be at least 1, got 0'),
+    ('', 'say what to measure: layer, backbone, model, detector or --suite')])
+def test_what_would_not_be_read_is_refused(benchmark, monkeypatch, capsys, given, said):
+    monkeypatch.setattr('sys.argv', ['benchmark.py', *given.split()])
+    with pytest.raises(SystemExit):
+        benchmark.parse_args()
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(('given', 'said'), [
+    ('layer --groups 3', 'must be divisible by groups'), ('model resnet50', 'ValueError: Empty'),
+    ('model no.such', 'ModuleNotFoundError'), ('backbone ODResNet --depth 49', 'KeyError'),
+    ('layer --layer-options kernelnum=3', 'TypeError')])
+def test_what_cannot_be_built(benchmark, monkeypatch, given, said):
+    monkeypatch.setattr('sys.argv', ['benchmark.py', *given.split()])
+    with pytest.raises(InputError, match=f'^{given.split()[0]} .*could not be built .*{said}'):
+        next(benchmark.cases(benchmark.parse_args()))
+
+
+def test_a_case_that_fails_loses_no_others(benchmark, monkeypatch, capsys, tmp_path):
+    cases = iter(range(99))
+
+    def run(command, **options):
+        out = Path(command[command.index('--out') + 1])
+        out.mkdir(parents=True)
+        (out / 'benchmark.json').write_text('{"records": ["row"]}')
+        return Mock(returncode=next(cases) == 0)
+
+    monkeypatch.setattr(benchmark.subprocess, 'run', run)
+    monkeypatch.setattr('sys.argv', ['benchmark.py', '--suite', '--out', str(tmp_path)])
+    rows = list(benchmark.suite(benchmark.parse_args(), ['training']))
+    assert rows and len(rows) == next(cases) - 1
+    assert 'failed and has no row' in capsys.readouterr().err

@@ -180,15 +180,15 @@ def test_a_run_of_another_config_is_not_taken_for_its_own(module, tmp_path, monk
             for name in 'ab')
     # One that failed before it trained anything may be mended.
     monkeypatch.setattr(module, 'tool', fail)
-    assert module.run(b, directory) == {'error': 'no such network'}
+    assert module.run(b, directory, {}) == {'error': 'no such network'}
     monkeypatch.setattr(module, 'tool', train)
-    assert module.run(a, directory)['map'] == 0.5
+    assert module.run(a, directory, {})['map'] == 0.5
 
     def only_a_is_found():
         with pytest.raises(InputError, match='run holds a run of another config, which differs in '
                                              r'load_from: give another --work-dir \(and'):
-            module.run(b, directory)
-        assert module.run(a, directory)['map'] == 0.5
+            module.run(b, directory, {})
+        assert module.run(a, directory, {})['map'] == 0.5
 
     only_a_is_found()
     assert trained == ['a/iter_500.pth']
@@ -198,10 +198,10 @@ def test_a_run_of_another_config_is_not_taken_for_its_own(module, tmp_path, monk
     assert trained == ['a/iter_500.pth'] * 2
     # Of older runs there is MMEngine's copy, without load_from if it was resumed.
     (directory / 'given/config.py').unlink()
-    assert module.run(a, directory)['map'] == 0.5
+    assert module.run(a, directory, {})['map'] == 0.5
     a.train_cfg.max_iters = 3
     with pytest.raises(InputError, match='differs in train_cfg: '):
-        module.run(a, directory)
+        module.run(a, directory, {})
 
 
 def test_options_are_read_as_cfg_options_are(module):
@@ -218,11 +218,11 @@ def test_more_seeds_leave_the_iterations_of_equal_time(module, monkeypatch):
                 'config': entry.name}
 
     monkeypatch.setattr(module, 'run_entry', run_entry)
-    monkeypatch.setattr(module, 'size_of', lambda entry, data: {})
+    monkeypatch.setattr(module, 'size_of', lambda config, data: {})
     for seeds in ([0], [0, 1]):
         records = module.train_all(argparse.Namespace(
             configs=[f'faster-rcnn_{name}_fpn_digits.py' for name in ('r18', 'od-r18-k1')],
-            seeds=seeds, iterations=750, equal_time=True, jobs=1, data=None))
+            seeds=seeds, iterations=750, equal_time=True, jobs=1, data=None, batch_size=None))
         assert [(run['seed'], run['iterations']) for run in records
                 if run['budget'] == 'time'] == [(seed, 600) for seed in seeds]
 
@@ -232,10 +232,10 @@ def test_equal_time_of_runs_that_were_timed_unlike(module, monkeypatch, capsys):
         return {**record('', seed), 'config': entry.name, 'threads': 1 + entry.place}
 
     monkeypatch.setattr(module, 'run_entry', run_entry)
-    monkeypatch.setattr(module, 'size_of', lambda entry, data: {})
+    monkeypatch.setattr(module, 'size_of', lambda config, data: {})
     module.train_all(argparse.Namespace(
         configs=[f'faster-rcnn_{name}_fpn_digits.py' for name in ('r18', 'od-r18-k1')],
-        seeds=[0], iterations=750, equal_time=True, jobs=1, data=None))
+        seeds=[0], iterations=750, equal_time=True, jobs=1, data=None, batch_size=None))
     assert ('faster-rcnn_od-r18-k1_fpn_digits: equal time is not known, since no seed of it was '
             'run as faster-rcnn_r18_fpn_digits was' in capsys.readouterr().err)
 
@@ -265,7 +265,7 @@ def test_what_is_queued_when_it_is_interrupted_is_not_begun(module, monkeypatch,
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, 'track', interrupted)
-    monkeypatch.setattr(module, 'size_of', lambda entry, data: {})
+    monkeypatch.setattr(module, 'size_of', lambda config, data: {})
     monkeypatch.setattr(sys, 'argv', ['compare.py', 'faster-rcnn_r18_fpn_digits.py', '--seeds',
                                       '0', '1', '2', '3'])
     with pytest.raises(SystemExit) as ended:
@@ -317,16 +317,91 @@ def test_a_run_interrupted_before_its_last_evaluation_is_evaluated(module, tmp_p
     config = Config(dict(train_cfg=dict(max_iters=2), **{
         f'{split}_{part}': split for split in ('val', 'test')
         for part in ('dataloader', 'evaluator')}))
-    result = module.run(config, tmp_path, tested=True)
+    result = module.run(config, tmp_path, dict(val=2, test=3))
     assert result['map'] == 0.4 and result['curve'] == [(1, 0.2), (2, 0.5)]
     assert seen == ['val', 'test']
+
+
+def trains(directory, scalars):
+    """What stands for the tools: a training that logs these lines, and no test set."""
+
+    def tool(name, *args, log, threads):
+        (directory / 'last_checkpoint').write_text('iter_2.pth')
+        file = directory / '1/vis_data/scalars.json'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text('{"loss": 3, "iter": 2, "time": 1}\n' + scalars)
+
+    return tool
+
+
+def test_a_detector_that_finds_nothing_counts(module, tmp_path, monkeypatch):
+    """MMDetection logs no mAP for it; left out, a collapsed seed would raise the mean."""
+    monkeypatch.setattr(module, 'tool', trains(
+        tmp_path, '{"coco/bbox_mAP": 0.1, "step": 1}\n{"time": 0.1, "step": 2}\n'))
+    result = module.run(Config(dict(train_cfg=dict(max_iters=2))), tmp_path, dict(val=2))
+    assert result['map'] == 0 and result['curve'] == [(1, 0.1), (2, 0.0)]
+
+
+def test_a_result_is_of_the_images_that_it_was_of(module, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, 'tool', trains(tmp_path, '{"coco/bbox_mAP": 0.1, "step": 2}\n'))
+    config = Config(dict(train_cfg=dict(max_iters=2)))
+    module.run(config, tmp_path, dict(train=9, val=2))
+    assert module.run(config, tmp_path, dict(train=9, val=2))['map'] == 0.1
+    with pytest.raises(InputError, match='result of 9 train, 2 val images, where there are 90'):
+        module.run(config, tmp_path, dict(train=90, val=2))
+
+
+def test_a_run_of_two_machines_is_not_timed(module, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, 'tool', Mock(side_effect=OSError('interrupted')))
+    config = Config(dict(train_cfg=dict(max_iters=2)))
+    module.run(config, tmp_path, {}, threads=1)
+    monkeypatch.setattr(module, 'tool', trains(tmp_path, '{"coco/bbox_mAP": 0.1, "step": 2}\n'))
+    assert module.run(config, tmp_path, {}, threads=2)['cpu'] == 'unknown'
+
+
+def test_one_comparison_trains_on_one_data_set(module, tmp_path, monkeypatch):
+    base = ROOT / 'configs/quickstart/faster-rcnn_r18_fpn_digits.py'
+    (tmp_path / 'other.py').write_text(
+        f"_base_ = {str(base)!r}\ntrain_dataloader = dict(batch_size=2)\n")
+    monkeypatch.setattr(module, 'run_entry', None)  # nothing is begun
+    monkeypatch.setattr(sys, 'argv', ['compare.py', base.name, str(tmp_path / 'other.py')])
+    with pytest.raises(SystemExit, match='faster-rcnn_r18_fpn_digits trains on 4 images of '
+                                         'data/digits, other trains on 2 images of data/digits: '
+                                         'give --data or --batch-size'):
+        module.main()
+
+
+def test_what_intervals_need_is_asked_for_before_hours_of_training(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'scipy', None)
+    monkeypatch.setattr(module, 'train_all', None)
+    monkeypatch.setattr(sys, 'argv', ['compare.py', 'faster-rcnn_r18_fpn_digits.py'])
+    with pytest.raises(SystemExit, match='Intervals need SciPy, not installed here'):
+        module.main()
+
+
+def test_an_interval_of_fewer_seeds_than_its_row_says_so(module):
+    assert module.signed((0.1, 0.02, 3), [0, 1, 2]) == '+0.100 ± 0.020'
+    assert module.signed((0.1, 0.02, 2), [0, 1, 2]) == '+0.100 ± 0.020 of 2 seeds'
+    assert module.signed((0.1, float('nan'), 1), [0, 1]) == '+0.100 of 1 seed'
+
+
+def test_a_curve_is_of_the_same_seeds_all_along(module, tmp_path, monkeypatch):
+    monkeypatch.setattr(module.plt, 'close', lambda figure: None)
+    runs = [{**record('static', seed), 'curve': curve} for seed, curve in enumerate(
+        ([(1, 0.2), (2, 0.4)], [(1, 0.4), (2, 0.6)], [(2, 0.9)]))]
+    module.draw_curves(runs, tmp_path / 'curves.png')
+    line = module.plt.gcf().axes[0].lines[0]
+    assert list(line.get_xdata()) == [1, 2]
+    assert list(line.get_ydata()) == pytest.approx([0.3, 0.5])
+    monkeypatch.undo()
+    module.plt.close('all')
 
 
 def test_what_is_written_is_json(module, tmp_path, monkeypatch, capsys):
     """One seed has no interval, which JSON has no word for; nor is half a record read as one."""
     monkeypatch.setattr(module, 'run_entry', lambda entry, seed, *_: {
         **record('', seed), 'config': entry.name, 'place': entry.place})
-    monkeypatch.setattr(module, 'size_of', lambda entry, data: {})
+    monkeypatch.setattr(module, 'size_of', lambda config, data: {})
     monkeypatch.setattr(sys, 'argv', [
         'compare.py', *(f'faster-rcnn_{name}_fpn_digits.py' for name in ('r18', 'od-r18-k1')),
         '--work-dir', str(tmp_path)])
@@ -376,7 +451,9 @@ def test_the_table_names_every_machine(module, tmp_path):
     """Runs of one seed end differently on two CPUs, so a reader must see that there were two."""
     runs = [record('static', 0), record('dynamic', 0), {**record('static', 1), 'cpu': 'Xeon'}]
     module.report(runs, tmp_path, Mock())
-    assert (tmp_path / 'compare.md').read_text().endswith(
+    table = (tmp_path / 'compare.md').read_text()
+    assert 's / iteration' not in table  # of two machines they are not to be compared
+    assert table.endswith(
         'EPYC, 1 threads a run, torch 2.13.0; Xeon, 1 threads a run, torch 2.13.0.\n')
 
 

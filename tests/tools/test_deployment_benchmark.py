@@ -135,3 +135,22 @@ def test_a_wrong_answer_is_told(config, monkeypatch, value):
     models = timing.counterparts(Config.fromfile(config), 'backbone')
     with pytest.raises(InputError, match='^static in onnxruntime differs from torch by '):
         timing.time_formats(models, torch.randn(1, 3, 64, 64), ['onnxruntime'])
+
+
+def test_what_this_machine_cannot_run_is_a_row(config, monkeypatch):
+    """As without a compiler, or off x86-64, where onnxruntime has no blocked layout."""
+    models = timing.counterparts(Config.fromfile(config), 'backbone')
+    prepared = timing._prepared
+
+    def prepare(kind, *args):
+        if kind == broken:
+            raise RuntimeError('no compiler\nin any path')
+        return prepared(kind, *args)
+
+    monkeypatch.setattr(timing, '_prepared', prepare)
+    broken = 'compile'
+    rows = timing.time_formats(models, torch.randn(1, 3, 64, 64), ['eager', 'compile'], rounds=1)
+    assert [row.get('refused') for row in rows] == [None, None, 'no compiler', 'no compiler']
+    broken = 'eager'
+    with pytest.raises(RuntimeError):
+        timing.time_formats(models, torch.randn(1, 3, 64, 64), ['eager'], rounds=1)

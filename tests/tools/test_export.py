@@ -27,6 +27,7 @@ from torch import nn
 import mmdet_odconv
 from mmdet_odconv import InputError
 from mmdet_odconv.checkpoints.swapping import build_model
+from mmdet_odconv.deployment import evaluation
 from mmdet_odconv.deployment.detector import TensorDetector
 from mmdet_odconv.deployment.evaluation import ExportedDetector
 from mmdet_odconv.deployment.export import (
@@ -310,9 +311,16 @@ def test_program(root):
     assert [f['detections'] for f in found] == [20, 20]
 
 
-def test_half(root, export):
-    """Half the bytes, and what the detector with rounded weights finds, exactly."""
-    code, said = export('faster.py', 'faster.pth', '--out', 'half.onnx', '--half')
+def test_half(root, export, monkeypatch):
+    """Half the bytes, and what the detector with rounded weights finds, exactly.
+
+    Evaluated beside it is the detector as it was: what rounding costs is to be seen.
+    """
+    seen = {}
+    monkeypatch.setattr(evaluation, 'evaluate', lambda config, models, _: seen.update(models) or {})
+    code, said = export('faster.py', 'faster.pth', '--out', 'half.onnx', '--half', '--evaluate')
+    given, evaluated = torch.load(root / 'faster.pth')['state_dict'], seen['PyTorch'].state_dict()
+    assert all(torch.equal(tensor, evaluated[name]) for name, tensor in given.items())
     assert code is None and said.count('20 detections equal') == 2
     assert (root / 'half.onnx').stat().st_size < 0.65 * (root / 'faster.pth').stat().st_size
 

@@ -113,6 +113,9 @@ def test_points(report, tmp_path, capsys):
         pictures.append(imread(tmp_path / 'points.png'))
     assert pictures[0].shape == pictures[1].shape and (pictures[0] != pictures[1]).any()
     metrics = {name: 0.5 + 0.01 * i for i, name in enumerate(report.POINT_METRICS)}
-    report.print_table({**metrics, 'AP (L)': -1.0}, Console(width=100))
+    report.print_table({**metrics, 'AP (L)': -1.0}, 'test', Console(width=100))
     table = capsys.readouterr().out
+    assert 'COCO evaluation on test' in table
     assert 'keypoint' in table and '0.510' in table and 'none' in table
+    report.print_table({}, 'test', Console(width=100))
+    assert 'Nothing was detected' in capsys.readouterr().out

@@ -73,6 +73,15 @@ DETECTORS += [('detector', f'faster-rcnn_od-r18-{k}_fpn_digits.py', '--batch', 4
 # Freed memory stays with the process, so that no page is touched for the first time twice.
 ALLOCATOR = dict(MALLOC_MMAP_THRESHOLD_=2**33, MALLOC_TRIM_THRESHOLD_=2**34, MALLOC_TOP_PAD_=2**28)
 MEGABYTES = ('saved', 'peak', 'reduced')
+LAYER = {'layer', 'layer_options', 'kernel_num'}
+READ_BY = {  # options that not every kind of case reads
+    'layer': {*LAYER, 'batch', 'size', 'channels', 'out_channels', 'kernel_size', 'stride',
+              'groups'},
+    'backbone': {*LAYER, 'batch', 'size', 'depth', 'widen_factor', 'fuse'},
+    'model': {*LAYER, 'batch', 'size', 'include'},
+    'detector': {'batch', 'size'},
+    '--suite': set(),
+}
 DTYPES = {'fp32': None, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 
 
@@ -312,7 +321,17 @@ def describe(label, batch, size, args=None, kernel_num=None):
 
 
 def cases(args):
-    """The cases asked for, built one at a time."""
+    """The cases asked for, built one at a time; InputError if one cannot be."""
+    try:
+        yield from built(args)
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f'{args.kind} {args.target or ""} could not be built '
+                         f'({type(error).__name__}: {error}): see --help.') from error
+
+
+def built(args):
     for batch in args.batch:
         if args.kind == 'detector':
             yield detector_case(args, batch)
@@ -346,7 +365,9 @@ def suite(args, modes):
         command = [sys.executable, __file__, *map(str, case)]
         for option, value in options.items():
             command += [f'--{option}', str(value)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:  # its reason is printed
+            print(f'{" ".join(map(str, case))} failed and has no row.', file=sys.stderr)
+            continue
         print(f'{i + 1} of {len(cases)}', flush=True)
         yield from json.loads((out / 'benchmark.json').read_text())['records']
 
@@ -478,6 +499,22 @@ def parse_args():
     parser.add_argument('--out', type=Path, default=Path('work_dirs/benchmark'),
                         help='directory of benchmark.json and benchmark.png')
     args = parser.parse_args()
+    what = '--suite' if args.suite else args.kind
+    if what is None:
+        parser.error('say what to measure: layer, backbone, model, detector or --suite')
+    if args.suite and args.kind:
+        parser.error(f'--suite measures its own cases, and no {args.kind}: give one of the two')
+    for name in sorted(set.union(*READ_BY.values()) - READ_BY[what]):
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f'{what} does not read --{name.replace("_", "-")}: leave it out')
+    for name in ('batch', 'size', 'kernel_num', 'channels', 'out_channels', 'kernel_size', 'stride',
+                 'groups', 'rounds', 'threads'):
+        given = getattr(args, name)
+        for number in given if isinstance(given, (list, tuple)) else [given]:
+            if number is not None and number < 1:
+                parser.error(f'--{name.replace("_", "-")} must be at least 1, got {number}')
+    if args.device.startswith('cuda') and not torch.cuda.is_available():
+        parser.error(f'--device {args.device}: torch {torch.__version__} sees no such device here')
     if args.kind == 'backbone' and str(args.target).startswith('KW'):
         if args.kernel_num or args.layer != 'ODConv2d':
             parser.error(f'{args.target} has layers of its own and takes neither --layer nor '
@@ -485,11 +522,9 @@ def parse_args():
         args.kernel_num = [None]
     if args.kernel_num is None:
         args.kernel_num = [4 if args.layer == 'ODConv2d' else None]
-    if not args.suite and args.kind is None:
-        parser.error('say what to measure: layer, backbone, model, detector or --suite')
     if args.kind in ('backbone', 'model', 'detector') and args.target is None:
         parser.error(f'{args.kind} needs a target')
-    if args.fuse and (args.kind != 'backbone' or args.mode in ('training', 'iteration')):
+    if args.fuse and args.mode in ('training', 'iteration'):
         parser.error('--fuse is for the inference of a backbone')
     if args.mode == 'iteration' and args.kind not in ('detector', None):
         parser.error('--mode iteration is for a detector or --suite')
@@ -512,6 +547,8 @@ def main():
         records = list(suite(args, modes) if args.suite else measure(args, modes, console))
     except InputError as error:  # errors_explained needs mmdet
         sys.exit(f'error: {error}')
+    if not records:
+        sys.exit('error: nothing was measured.')
     machine = machine_name(args.device, args.allocator)
     print_table(records, modes, machine, console)
     args.out.mkdir(parents=True, exist_ok=True)

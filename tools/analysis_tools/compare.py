@@ -53,7 +53,15 @@ from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen
 
 from mmdet_odconv import InputError, config_path  # noqa: E402
 from mmdet_odconv.engine.comparison import (  # noqa: E402
-    TIMED_BY, affordable, check_one_comparison, equal_budget, finished, summarise)
+    TIMED_BY,
+    UNKNOWN,
+    affordable,
+    check_one_comparison,
+    equal_budget,
+    finished,
+    paired_difference,
+    summarise,
+)
 from mmdet_odconv.engine.data_sets import use_data  # noqa: E402
 from mmdet_odconv.engine.launch import errors_explained  # noqa: E402
 from mmdet_odconv.ops.machine import cpu_model  # noqa: E402
@@ -125,15 +133,20 @@ def changed(config, path):
                   if earlier.get(key) != config.get(key))
 
 
-def run(config, directory, threads=1, tested=False):
+def run(config, directory, images, threads=1):
     """Train and evaluate unless done: box mAP, curves, seconds, or what went wrong.
 
+    Args:
+        images: how many there are of each split; without a test split, val stands in.
+
     Raises:
-        InputError: if the directory holds what another config, of an equal name, has trained.
+        InputError: if the directory holds what another config, of an equal name, has trained, or
+            a result on other images.
     """
     result_file = directory / 'result.json'
     last_checkpoint = directory / 'last_checkpoint'
     given = directory / 'given' / 'config.py'  # apart from the copy that train.py leaves
+    machine_file = given.with_name('machine.json')
     if result_file.is_file() or last_checkpoint.is_file():
         earlier = [path for path in (given, directory / 'config.py') if path.is_file()]
         differing = changed(config, earlier[0]) if earlier else []
@@ -143,13 +156,21 @@ def run(config, directory, threads=1, tested=False):
                 f'{", ".join(differing)}: give another --work-dir (and --records), or the config '
                 'as it was.')
     if result_file.is_file():
-        return {**dict.fromkeys(TIMED_BY, 'unknown'), **json.loads(result_file.read_text())}
+        result = json.loads(result_file.read_text())
+        if result.setdefault('images', images) != images:
+            raise InputError(f'{directory} holds the result of {counted(result["images"])} images, '
+                             f'where there are {counted(images)} now: give another --work-dir '
+                             '(and --records), or the data as they were.')
+        return {**dict.fromkeys(TIMED_BY, UNKNOWN), **result}
     given.parent.mkdir(parents=True, exist_ok=True)
     log = directory / 'log.txt'
+    machine = {'cpu': cpu_model(), 'threads': threads, 'torch': torch.__version__}
+    if not machine_file.is_file():
+        replace_text(machine_file, json.dumps(machine))
+    elif json.loads(machine_file.read_text()) != machine:  # begun there, and resumed here
+        machine = dict.fromkeys(TIMED_BY, UNKNOWN)
     try:
-        partial = given.with_suffix('.tmp')
-        partial.write_text(config.pretty_text, encoding='utf-8')
-        partial.replace(given)
+        replace_text(given, config.pretty_text)
         tool('train.py', given, '--work-dir', directory, '--resume', log=log, threads=threads)
         train, val = read_scalars(directory)
         checkpoint = last_checkpoint.read_text().strip()
@@ -161,21 +182,33 @@ def run(config, directory, threads=1, tested=False):
             val[config.train_cfg.max_iters] = evaluate(
                 given.with_name('on_val.py'), checkpoint, directory / 'val', log, threads)
         # Time of the quietest logged window, 50 iterations: other work counts least.
-        result = {'cpu': cpu_model(), 'threads': threads, 'torch': torch.__version__,
-                  'map': val[max(val)]['coco/bbox_mAP'],
+        result = {**machine, 'images': images, 'map': box_map(val[max(val)]),
                   'seconds': min(record['time'] for record in train.values()),
-                  'curve': [(i, val[i]['coco/bbox_mAP']) for i in sorted(val)],
+                  'curve': [(i, box_map(val[i])) for i in sorted(val)],
                   'loss': [(i, round(train[i]['loss'], 4)) for i in sorted(train)]}
-        if tested:
-            result['map'] = evaluate(given, checkpoint, directory / 'test', log,
-                                     threads)['coco/bbox_mAP']
+        if 'test' in images:
+            result['map'] = box_map(evaluate(given, checkpoint, directory / 'test', log, threads))
     except (OSError, subprocess.CalledProcessError) as error:
         last = [line for line in log.read_text().splitlines() if line] if log.is_file() else []
         return {'error': last[-1] if last else str(error)}
-    partial = result_file.with_suffix('.tmp')
-    partial.write_text(json.dumps(result))
-    partial.replace(result_file)
+    replace_text(result_file, json.dumps(result))
     return result
+
+
+def replace_text(path, text):
+    """Write a file whole, or not at all."""
+    partial = path.with_suffix('.tmp')
+    partial.write_text(text, encoding='utf-8')
+    partial.replace(path)
+
+
+def box_map(metrics):
+    """Of an evaluation; where nothing was detected, MMDetection gives no metrics."""
+    return metrics.get('coco/bbox_mAP', 0.0)
+
+
+def counted(images):
+    return ', '.join(f'{number} {split}' for split, number in images.items())
 
 
 def evaluate(config, checkpoint, directory, log, threads):
@@ -196,24 +229,21 @@ def run_entry(entry, seed, iterations, stats, args, budget='iterations'):
         root = args.data or Path(config.data_root)
         images = use_data(config, root)
         equal_budget(config, iterations, seed, args.evaluations)
-        result = run(config, args.work_dir / name, args.threads, 'test' in images)
+        result = run(config, args.work_dir / name, images, args.threads)
     except Exception as error:  # whatever a config may raise, the other runs go on
         result = {'error': str(error)}
     if 'error' not in result:
         record.update(stats[entry.name], batch_size=config.train_dataloader.batch_size,
-                      data=root.resolve().name, images=images,
+                      data=root.resolve().name,
                       split='test' if 'test' in images else 'val')
         records = args.records or args.work_dir / 'records'
         records.mkdir(parents=True, exist_ok=True)
-        partial = records / f'{name}.tmp'
-        partial.write_text(json.dumps({**record, **result}) + '\n')
-        partial.replace(records / f'{name}.json')
+        replace_text(records / f'{name}.json', json.dumps({**record, **result}) + '\n')
     return {**record, **result}
 
 
-def size_of(entry, data):
+def size_of(config, data):
     """Parameters and multiply-adds of the whole detector, for the classes of its data."""
-    config = entry.read()
     use_data(config, data or Path(config.data_root))
     stats = detector_stats(config, config.get('image_size', (800, 1333)), activations=False)
     return {'params': round(stats['params'] / 1e6, 3), 'gmadds': round(stats['madds'] / 1e9, 4)}
@@ -236,40 +266,42 @@ def _name(config, is_short):
         option for option in options if not option.startswith('load_from=')), *loaded])
 
 
-def signed(difference):
-    """Mean and 95% interval, '+0.012 ± 0.034'."""
+def signed(difference, seeds):
+    """Mean and 95% interval, '+0.012 ± 0.034', and of how many seeds if not of all."""
     if difference is None:
         return ''
-    mean, half, _ = difference
-    return f'{mean:+.3f}' + ('' if math.isnan(half) else f' ± {half:.3f}')
+    mean, half, count = difference
+    return (f'{mean:+.3f}' + ('' if math.isnan(half) else f' ± {half:.3f}')
+            + ('' if count == len(seeds) else f' of {count} seed{"s" * (count > 1)}'))
 
 
 def markdown(rows, records):
     timed = any(record['budget'] == 'time' for record in records)
+    machines = dict.fromkeys(f'{record["cpu"]}, {record["threads"]} threads a run, torch '
+                             f'{record["torch"]}' for record in records)
+    is_one = len(machines) == 1  # seconds of two are not to be compared
     titles = ['backbone', 'box mAP', 'seeds', 'to the first',
-              *(['at equal time'] if timed else []), 'params, M', 'MAdds, G', 's / iteration']
+              *(['at equal time'] if timed else []), 'params, M', 'MAdds, G',
+              *(['s / iteration'] if is_one else [])]
     lines = [f'| {" | ".join(titles)} |', '|' + ' --- |' * len(titles)]
     names = short_names(row['config'] for row in rows)
     for row in rows:
         spread = '' if row['spread'] is None else f' ± {row["spread"]:.3f}'
-        equal_time = signed(row['at_equal_time'])
+        equal_time = signed(row['at_equal_time'], row['seeds'])
         if equal_time:
             equal_time += f' ({row["iterations_at_equal_time"]} iterations)'
         lines.append(' | '.join([
             f'| {names[row["config"]]}', f'{row["map"]:.3f}{spread}',
             ', '.join(map(str, row['seeds'])),
-            signed(row['difference']), *([equal_time] if timed else []),
+            signed(row['difference'], row['seeds']), *([equal_time] if timed else []),
             *('' if row[size] is None else f'{row[size]:.2f}' for size in ('params', 'gmadds')),
-            f'{row["seconds"]:.2f} |']))
+            *([f'{row["seconds"]:.2f}'] if is_one else [])]) + ' |')
     done = next(r for r in records if 'error' not in r and r['budget'] == 'iterations')
-    images = ', '.join(f'{number} {split}' for split, number in done['images'].items())
-    made_on = dict.fromkeys(f'{record["cpu"]}, {record["threads"]} threads a run, torch '
-                            f'{record["torch"]}' for record in records if 'error' not in record)
     return '\n'.join([
         *lines, '', f'{done["iterations"]} iterations of {done["batch_size"]} images of '
-        f'{done["data"]} ({images} images); box mAP on {done["split"]}, ± its standard deviation '
-        'over seeds; differences are paired by seed, ± half their 95% interval (t). '
-        f'{"; ".join(made_on)}.', ''])
+        f'{done["data"]} ({counted(done["images"])} images); box mAP on {done["split"]}, ± its '
+        'standard deviation over seeds; differences are paired by seed, ± half their 95% interval '
+        f'(t). {"; ".join(machines)}.', ''])
 
 
 def draw(rows, path):
@@ -314,7 +346,11 @@ def draw(rows, path):
 
 
 def draw_curves(records, path):
-    """Box mAP on val, and training loss, over iterations; bands are ± a standard deviation."""
+    """Box mAP on val, and training loss, over iterations; bands are ± a standard deviation.
+
+    Of each config those runs are drawn that were evaluated most often: a mean over other seeds at
+    another iteration would bend the curve.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout='constrained')
     names = short_names(dict.fromkeys(record['config'] for record in records))
     styles = [dict(color=colour, ls=style) for style in ('-', '--', ':') for colour in (
@@ -323,10 +359,12 @@ def draw_curves(records, path):
         runs = [record for record in records
                 if record['config'] == config and record['budget'] == 'iterations']
         for axis, kind in zip(axes, ('curve', 'loss')):
+            curves = [record.get(kind, []) for record in runs]
             points = collections.defaultdict(list)
-            for record in runs:
-                for iteration, value in record.get(kind, []):
-                    points[iteration].append(value)
+            for curve in curves:
+                if len(curve) == max(map(len, curves)):
+                    for iteration, value in curve:
+                        points[iteration].append(value)
             x = sorted(points)
             mean = [statistics.mean(points[i]) for i in x]
             spread = [statistics.stdev(points[i]) if len(points[i]) > 1 else 0 for i in x]
@@ -369,12 +407,19 @@ def train_all(args):
         if count > 1:
             raise InputError(f'{count} configs are called {name}, after a file and the ends of its '
                              'options: give files of other names.')
-    stats = {}
+    stats, trained_on = {}, {}
     for entry in entries:
         try:
-            stats[entry.name] = size_of(entry, args.data)
+            config = entry.read(args.batch_size)
+            trained_on[entry.name] = (f'{config.train_dataloader.batch_size} images of '
+                                      f'{args.data or config.data_root}')
+            stats[entry.name] = size_of(config, args.data)
         except Exception:  # the run itself says what is wrong
             stats[entry.name] = {}
+    if len(set(trained_on.values())) > 1:
+        raise InputError('One comparison is on the same data, in batches of one size, but '
+                         + ', '.join(f'{name} trains on {what}' for name, what in
+                                     trained_on.items()) + ': give --data or --batch-size.')
     console = Console(stderr=True)
     pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
 
@@ -452,17 +497,20 @@ def main():
         cores = len(os.sched_getaffinity(0)) // args.jobs
         threads = os.environ.get('OMP_NUM_THREADS', '')
         args.threads = int(threads) if threads.isdecimal() and int(threads) else max(1, cores)
+        paired_difference({}, {})  # hours before it is needed: is what it needs installed?
         try:
             records = train_all(args)
         except KeyboardInterrupt:
             print('interrupted: run the same command again to go on with what is not finished.',
                   file=sys.stderr)
             sys.exit(128 + signal.SIGINT)
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    rows, failed = report(records, args.work_dir, console)
-    (args.work_dir / 'compare.json').write_text(json.dumps(
-        json.loads(json.dumps({'iterations': args.iterations, 'rows': rows, 'failed': failed}),
-                   parse_constant=lambda _: None), indent=1))  # JSON has no NaN
+        args.work_dir.mkdir(parents=True, exist_ok=True)
+        check_one_comparison([record for record in records if 'error' not in record],
+                             args.records or args.work_dir / 'records')
+        rows, failed = report(records, args.work_dir, console)
+        (args.work_dir / 'compare.json').write_text(json.dumps(
+            json.loads(json.dumps({'iterations': args.iterations, 'rows': rows, 'failed': failed}),
+                       parse_constant=lambda _: None), indent=1))  # JSON has no NaN
     sys.exit(bool(failed))
 
 

@@ -179,6 +179,8 @@ def main():
     parser.add_argument('--shape', type=int, nargs=2, default=(800, 1333), metavar=('H', 'W'))
     parser.add_argument('--out', type=Path, help='JSON file to write')
     args = parser.parse_args()
+    if min(args.shape) < 1:
+        parser.error(f'--shape must be at least 1 1, got {args.shape[0]} {args.shape[1]}')
     with errors_explained():
         path = Path(config_path(args.config))
         with writing(args.out, True) if args.out else contextlib.nullcontext() as temporary:

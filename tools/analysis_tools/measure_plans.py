@@ -22,6 +22,7 @@ from rich.table import Table
 
 from mmdet_odconv import backbones
 from mmdet_odconv.layers import DynamicConv2d
+from mmdet_odconv.names import nearest
 from mmdet_odconv.ops import dynamic_conv2d, force_plan
 from mmdet_odconv.ops.dynamic_conv import PLANS, choose_plan, layer_costs, plan_costs
 from mmdet_odconv.ops.machine import NOMINAL, read
@@ -128,6 +129,14 @@ def main():
     parser.add_argument('--threads', type=int, help='of the CPU')
     parser.add_argument('--estimate', type=Path, metavar='JSON', help='machines, to time none')
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error(f'--rounds must be at least 2, got {args.rounds}')
+    if not hasattr(backbones, args.backbone):
+        known = [name for name in backbones.__all__ if name[:2] in ('OD', 'Dy')]
+        parser.error(f'{args.backbone} is no dynamic backbone: '
+                     f'{nearest(args.backbone, known, "give one of " + ", ".join(known))}')
+    if args.estimate and not args.estimate.is_file():
+        parser.error(f'--estimate {args.estimate} does not exist')
     if args.estimate:
         print_estimates(args)
         return

@@ -62,7 +62,7 @@ def read_scalars(work_dir):
                 continue  # cut short, as by a full disk
             if 'loss' in record:
                 train[record['iter']] = record
-            elif any(f'coco/{name}' in record for name in MAPS):
+            elif 'step' in record:  # an evaluation, without metrics where nothing was detected
                 val[record['step']] = record
     return train, val
 
@@ -223,10 +223,13 @@ def read_metrics(work_dir):
     return {name[5:]: value for name, value in record.items() if name.startswith('coco/')}
 
 
-def print_table(metrics, console):
+def print_table(metrics, split, console):
     """COCO's summary, a column each for boxes and masks, or one for keypoints."""
     kinds = {name: kind for name, kind in MAPS.items() if name in metrics}
-    table = Table(title='COCO evaluation on val')
+    if not kinds:
+        console.print('Nothing was detected, so that COCO evaluation has no figures.')
+        return
+    table = Table(title=f'COCO evaluation on {split}')
     table.add_column('metric')
     for kind in kinds.values():
         table.add_column(kind, justify='right')
@@ -252,7 +255,7 @@ def main():
 
 def report(args):
     """What main writes and prints."""
-    configs = sorted(args.work_dir.glob('*.py'))
+    configs = list(args.work_dir.glob('*.py'))
     predictions = args.work_dir / 'predictions.pkl'
     if not configs or not predictions.is_file():
         sys.exit(f'error: {args.work_dir} lacks a config or predictions.pkl: train into it, then '
@@ -260,7 +263,7 @@ def report(args):
     metrics = read_metrics(args.work_dir)
     (args.work_dir / 'metrics.json').write_text(json.dumps(metrics, indent=1))
     draw_curves(*read_scalars(args.work_dir), args.work_dir / 'curves.png')
-    config = Config.fromfile(configs[0])
+    config = Config.fromfile(max(configs, key=lambda path: path.stat().st_mtime))
     evaluator = config.test_evaluator
     classes = nested(config.test_dataloader.dataset)[-1].get('metainfo', {}).get('classes', ())
     if isinstance(classes, str):  # a file of names, which MMEngine takes, too
@@ -274,10 +277,12 @@ def report(args):
     else:
         draw_predictions(predictions, coco, classes, picture, args.images, args.score)
     console = Console()
-    print_table(metrics, console)
+    print_table(metrics, Path(evaluator.ann_file).stem, console)
     for name in ('metrics.json', 'curves.png', 'predictions.png', 'last_checkpoint'):
         path = args.work_dir / name
-        shown = path.read_text() if name == 'last_checkpoint' and path.is_file() else path.resolve()
+        if not path.is_file():  # no checkpoint, of a run that was only tested
+            continue
+        shown = path.read_text() if name == 'last_checkpoint' else path.resolve()
         console.print(f'{name:>16}  {shown}', soft_wrap=True, highlight=False)
 
 

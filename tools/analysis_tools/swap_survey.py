@@ -109,6 +109,15 @@ def relative_difference(ours, theirs):
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
 
 
+def read_results(log):
+    """What is known of each config; a line that was cut short is tried again."""
+    results = []
+    for line in log.read_text().splitlines() if log.is_file() else []:
+        with contextlib.suppress(ValueError):
+            results.append(json.loads(line))
+    return results
+
+
 def write_table(results, path):
     """Counts of configs that reached each step, and of each reason for which others did not."""
     lines = ['| | configs |', '| --- | --- |', f'| tried | {len(results)} |']
@@ -130,6 +139,8 @@ def main():
     parser.add_argument('--size', type=int, default=128, help='side of the image')
     parser.add_argument('--shard', default='0/1', help='I/N: every Nth model, from the Ith on')
     args = parser.parse_intermixed_args()
+    if not re.fullmatch(r'\d+/[1-9]\d*', args.shard):
+        parser.error(f'--shard must be I/N, such as 0/2, got {args.shard}')
     warnings.simplefilter('ignore')
     with contextlib.suppress(ImportError):  # some backbones are MMPretrain's
         import mmdet_odconv.pretraining  # noqa: F401
@@ -151,8 +162,7 @@ def main():
     os.chdir(root.parent)  # some configs name their teacher's, relative to mmdet's checkout
     index, count = map(int, args.shard.split('/'))
     log = args.out_dir / 'results.jsonl'
-    done = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    finished = {result['config'] for result in done}
+    finished = {result['config'] for result in read_results(log)}
     for names in list(alike.values())[index::count]:
         if names[0] in finished:
             continue
@@ -163,8 +173,7 @@ def main():
         with open(log, 'a') as file:
             for name in names:
                 file.write(json.dumps(dict(config=name, reached=reached, why=why)) + '\n')
-    write_table([json.loads(line) for line in log.read_text().splitlines()],
-                args.out_dir / 'table.md')
+    write_table(read_results(log), args.out_dir / 'table.md')
 
 
 if __name__ == '__main__':

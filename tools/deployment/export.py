@@ -7,6 +7,7 @@ name says how images are to be prepared and what the outputs mean. The file is r
 on images of two sizes and compared with the detector; --evaluate computes COCO mAP through it.
 """
 import argparse
+import copy
 import tempfile
 from pathlib import Path
 
@@ -74,6 +75,8 @@ def main():
         config = Config.fromfile(config_path(args.config))
         init_default_scope(config.get('default_scope', 'mmdet'))
         model, classes = load_detector(config, args.checkpoint)
+        # --half rounds the weights in place.
+        given = copy.deepcopy(model) if args.half and args.evaluate else model
         detector = TensorDetector(fuse(model) if args.fuse or args.half else model,
                                   args.normalize or args.resize,
                                   resize_of(config) if args.resize else None,
@@ -93,7 +96,7 @@ def main():
             exported = ExportedDetector(Runtime(args.out), model.data_preprocessor, args.normalize,
                                         mask_threshold(model), args.resize, detector.batched)
             with tempfile.TemporaryDirectory() as work_dir:
-                results = evaluate(config, {'PyTorch': model, args.out.name: exported}, work_dir)
+                results = evaluate(config, {'PyTorch': given, args.out.name: exported}, work_dir)
             for name, (metrics, milliseconds) in results.items():
                 figures = ', '.join(f'{key.split("/")[-1]} {value:.4f}'
                                     for key, value in metrics.items() if key.endswith('mAP'))
