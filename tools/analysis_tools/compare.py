@@ -412,7 +412,7 @@ def train_all(args):
         try:
             config = entry.read(args.batch_size)
             trained_on[entry.name] = (f'{config.train_dataloader.batch_size} images of '
-                                      f'{args.data or config.data_root}')
+                                      f'{Path(args.data or config.data_root)}')
             stats[entry.name] = size_of(config, args.data)
         except Exception:  # the run itself says what is wrong
             stats[entry.name] = {}
