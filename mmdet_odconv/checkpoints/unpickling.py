@@ -15,6 +15,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 from mmengine.runner import checkpoint as mmengine_checkpoint
@@ -124,6 +125,7 @@ def _attribute(owner, name: str):
 STAND_INS = {
     'numpy.dtype': _Kind, 'numpy.ndarray': _Array, 'builtins.getattr': _attribute,
     'builtins.bytes': _empty_bytes, 'argparse.Namespace': _Skipped,
+    f'{ConfigDict.__module__}.ConfigDict': dict,
     **{f'numpy.{core}.multiarray.{name}': stand_in for core in ('core', '_core')  # NumPy 1, 2
        for name, stand_in in (('_reconstruct', _reconstruct), ('scalar', _scalar))},
     f'{HistoryBuffer.__module__}.HistoryBuffer': _History,

@@ -168,6 +168,7 @@ class SafeCheckpointHook(CheckpointHook):
         release_directory(runner.work_dir)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        checkpoint['meta'] = _without_config_dicts(checkpoint['meta'])
         if 'optimizer' in checkpoint and isinstance(self.file_backend, _Deferring):
             checkpoint[STATES] = self._states
             checkpoint['meta'][REPLACED] = [Path(path).name for _, path in self.file_backend.due]
@@ -254,3 +255,12 @@ class _Deferring:
 
     def rmtree(self, path: str) -> None:
         self.due.append((self._backend.rmtree, path))
+
+
+def _without_config_dicts(value):
+    """``value``, as of a data set's metainfo, in what reads back without MMEngine's classes."""
+    if isinstance(value, dict):
+        return {key: _without_config_dicts(child) for key, child in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_without_config_dicts, value))
+    return value

@@ -11,7 +11,7 @@ import collections
 import math
 import statistics
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from mmengine.config import Config
 
@@ -87,7 +87,7 @@ def paired_difference(scores: Mapping[int, float],
 
 def finished(records: Sequence[Mapping]) -> Dict[str, Dict[str, Dict[int, Mapping]]]:
     """Runs that ended well: config -> budget -> seed -> record, in the order of the records."""
-    groups = collections.defaultdict(lambda: collections.defaultdict(dict))
+    groups: Dict[str, Any] = collections.defaultdict(lambda: collections.defaultdict(dict))
     for record in records:
         if 'error' not in record:
             groups[record['config']][record['budget']][record['seed']] = record

@@ -27,14 +27,14 @@ NUMBERS = {int, float}  # as JSON has them: True is none
 SAMPLE = 64  # images that are read before training begins, evenly spaced
 
 
-def check_data(dataset, strict: bool = True, trained: bool = True) -> None:
+def check_data(dataset, strict: bool = True, trained: bool = True, by_coco: bool = False) -> None:
     """Check annotations and images, on the main process for all of them.
 
     Args:
         dataset: one or several, in any wrapper.
         strict: refuse what is wrong; else warn of it.
-        trained: it is trained on; of what is evaluated on the order of categories is all that is
-            checked.
+        trained: it is trained on; if not, the order of its categories alone is checked,
+        by_coco: and what pycocotools, which evaluates it, needs.
 
     Raises:
         InputError: in every process.
@@ -46,7 +46,12 @@ def check_data(dataset, strict: bool = True, trained: bool = True) -> None:
                 check_annotations(part)
                 check_images(part)
             elif reads_coco(part):
-                check_order(part, read_annotations(part))
+                content = read_annotations(part)
+                check_order(part, content)
+                faults = _faults_of_evaluation(content['annotations']) if by_coco else []
+                if faults:
+                    raise InputError(f'{part.ann_file} cannot be evaluated on: '
+                                     f'{"; ".join(faults)}. Mend the file.')
 
     try:
         by_main_process(check)
@@ -214,6 +219,7 @@ def find_faults(dataset: CocoDataset, with_masks: bool = False) -> Tuple[List[st
         say(left_out, 'have the id 0, which pycocotools takes for no match, so that its detection '
             'counts as wrong: number them from 1', annotations,
             [annotation['id'] == 0 for annotation in annotations])
+        faults += _faults_of_evaluation(annotations)
     learnt = set(classes)
     usable = np.array([kind in learnt for kind in kinds], bool)
     usable &= np.array([not (annotation.get('ignore') or annotation.get('iscrowd'))
@@ -239,6 +245,21 @@ def find_faults(dataset: CocoDataset, with_masks: bool = False) -> Tuple[List[st
     if not kept.any():
         faults.append(f'all images with a box are less than min_size={min_size} wide or high')
     return faults, left_out
+
+
+def _faults_of_evaluation(annotations: list) -> List[str]:
+    """What pycocotools fails on, after an epoch of training."""
+    faults = []
+    for what, wrong in (
+            ('have no iscrowd of 0 or 1, which pycocotools evaluates by',
+             [one.get('iscrowd') not in (0, 1) for one in annotations]),
+            ('have an id that is no number', [type(one.get('id')) not in NUMBERS
+                                              for one in annotations])):
+        found = list(compress(annotations, wrong))
+        if found:
+            faults.append(f'{len(found)} of {len(annotations)} annotations {what} '
+                          f'(the first: {found[0].get("id")})')
+    return faults
 
 
 def _lacking(kind: str, entries, keys: Tuple[str, ...]) -> Iterator[str]:
@@ -295,8 +316,8 @@ def _fault_of_mask(annotation: dict, image: Optional[dict]) -> Optional[str]:
     if image is None:
         return None
     if isinstance(mask, list):
-        points: list = [np.asarray(polygon) if isinstance(polygon, list) else None
-                        for polygon in mask]
+        points: list = [np.asarray(polygon) if isinstance(polygon, list)
+                        and NUMBERS.issuperset(map(type, polygon)) else None for polygon in mask]
         if not all(polygon is not None and (polygon.size == 0 or polygon.dtype.kind in 'iuf')
                    and polygon.ndim == 1 and np.isfinite(polygon).all() for polygon in points):
             return 'damaged'

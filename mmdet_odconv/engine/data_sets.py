@@ -2,6 +2,7 @@
 import collections
 import copy
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Dict, Iterable, List, NamedTuple, Tuple
@@ -79,7 +80,7 @@ def read_split(path: Path) -> Split:
         InputError: if it is no such file.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text('utf-8'))
         names = {category['id']: category['name'] for category in content['categories']}
         boxes = dict.fromkeys(names.values(), 0)
         if len(boxes) < len(names):
@@ -128,7 +129,7 @@ def use_data(config: Config, root: Path) -> Dict[str, int]:
     for split, loader in (('train', 'train_dataloader'), ('val', 'val_dataloader'),
                           ('test', 'test_dataloader')):
         annotations, folder = splits.get(split, splits['val'])
-        content = json.loads((root / annotations).read_text())
+        content = json.loads((root / annotations).read_text('utf-8'))
         if split in splits:
             images[split] = len(content['images'])
         names = tuple(category['name'] for category in content['categories'])
@@ -187,8 +188,9 @@ def convert_voc(root: Path) -> List[Path]:
     outs = [root / f'annotations/voc_{path.stem}.json' for path in lists]
     annotations = [[_voc_annotation(root, line.strip())
                     for line in _lines(path) if line.strip()] for path in lists]
-    changed = max((path.stat().st_mtime_ns for paths in [lists, *annotations] for path in paths
-                   if path.is_file()), default=0)
+    # Images that come later, or go, change a folder, and which of them an annotation is of.
+    changed = max((path.stat().st_mtime_ns for paths in [lists, *annotations, [
+        root / 'JPEGImages']] for path in paths if path.exists()), default=0)
     if all(out.is_file() and out.stat().st_mtime_ns > changed for out in outs):
         return []
     parsed = [_read_voc(root, paths) for paths in annotations]
@@ -232,14 +234,14 @@ def _read_voc(root: Path, paths: Iterable[Path]) -> list:
             objects = []
             for found in tree.iter('object'):
                 left, top, right, bottom = (
-                    float(found.findtext(f'bndbox/{corner}'))  # type: ignore[arg-type]  # caught
-                    for corner in ('xmin', 'ymin', 'xmax', 'ymax'))
+                    _number(found, f'bndbox/{corner}') for corner in (
+                        'xmin', 'ymin', 'xmax', 'ymax'))
                 left, top = max(left - 1, 0), max(top - 1, 0)
-                kind = found.findtext('name')
+                kind = (found.findtext('name') or '').strip()
                 if not kind:
                     raise ValueError('an object has no name')
                 objects.append((kind, [left, top, right - left, bottom - top],
-                                int(found.findtext('difficult') or 0)))
+                                (found.findtext('difficult') or '').strip() == '1'))
             name = Path(tree.findtext('filename') or '').name
             stem = path.relative_to(root / 'Annotations').with_suffix('').as_posix()
             own = files.get(stem, [])
@@ -247,13 +249,24 @@ def _read_voc(root: Path, paths: Iterable[Path]) -> list:
                 name = own[0]  # copies, and augmented ones, often keep another's name
             elif not own and not (name and (root / 'JPEGImages' / name).is_file()):
                 name = f'{stem}.jpg'
-            width, height = (int(tree.findtext(f'size/{side}'))  # type: ignore[arg-type]  # caught
-                             for side in ('width', 'height'))
-        except (OSError, ElementTree.ParseError, TypeError, ValueError) as error:
+            width, height = (int(_number(tree, f'size/{side}')) for side in ('width', 'height'))
+            if width < 1 or height < 1:
+                raise ValueError(f'its size is {width} x {height}')
+        except (OSError, ElementTree.ParseError, ValueError) as error:
             raise InputError(f'{path} could not be read as a Pascal VOC annotation ({error}): mend '
                              'it, or take it out of ImageSets/Main.') from error
         images.append((name, width, height, objects))
     return images
+
+
+def _number(element: ElementTree.Element, path: str) -> float:
+    text = element.findtext(path)
+    if text is None:
+        raise ValueError(f'it has no {path}')
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f'its {path} is {text.strip()}')
+    return number
 
 
 def _as_coco(images: list, names: List[str]) -> dict:

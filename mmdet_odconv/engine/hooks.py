@@ -5,6 +5,7 @@ import re
 from typing import List, Optional
 
 from mmdet.datasets.samplers import MultiSourceSampler
+from mmdet.evaluation import CocoMetric
 from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
@@ -170,18 +171,20 @@ class InputCheckHook(Hook):
         self._check_classes(runner, runner.train_dataloader.dataset)
         check_data(runner.train_dataloader.dataset, self.strict)
         if runner.val_loop is not None:  # rather than after the first epoch
-            self._check_evaluated(runner, runner.val_dataloader.dataset)
+            self._check_evaluated(runner, runner.val_dataloader.dataset, runner.val_loop)
         _check_decay(runner)
 
     def before_val(self, runner: Runner) -> None:
         self._check_classes(runner, runner.val_dataloader.dataset)
 
     def before_test(self, runner: Runner) -> None:
-        self._check_evaluated(runner, runner.test_dataloader.dataset)
+        self._check_evaluated(runner, runner.test_dataloader.dataset, runner.test_loop)
 
-    def _check_evaluated(self, runner: Runner, dataset) -> None:
+    def _check_evaluated(self, runner: Runner, dataset, loop: BaseLoop) -> None:
         self._check_classes(runner, dataset)
-        check_data(dataset, self.strict, trained=False)
+        check_data(dataset, self.strict, trained=False, by_coco=any(
+            isinstance(metric, CocoMetric) and metric._coco_api is not None
+            for metric in getattr(getattr(loop, 'evaluator', None), 'metrics', ())))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         state = checkpoint.get('state_dict', checkpoint)

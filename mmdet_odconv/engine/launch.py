@@ -21,6 +21,7 @@ from mmengine.registry import HOOKS, MODELS
 
 from ..errors import DivergenceError, InputError
 from ..names import find_config, nearest
+from .checkpointing import SafeCheckpointHook
 from .data_check import check_annotations, unreadable
 from .distributed import add_cfg_options, config_argument, prepare_cpu_processes
 from .resuming import AUTO, interruption, no_space
@@ -81,16 +82,24 @@ def _resolve_config(argv) -> None:
 def _resume_by_hook(argv) -> None:
     """Put a setting in the place of --resume without a file, by which mmdet forgets load_from.
 
-    SafeCheckpointHook reads it, which MMEngine's FlexibleRunner asks too late.
+    SafeCheckpointHook alone reads it, and MMEngine's FlexibleRunner asks it too late.
     """
     path = config_argument(argv)
     for i, arg in enumerate(argv):
         following = argv[i + 1] if i + 1 < len(argv) else '-'
         if arg == '--resume' and (following == AUTO or following.startswith('-')):
-            if path is not None and 'runner_type' not in Config.fromfile(path):
+            if path is not None and _resumes_safely(Config.fromfile(path)):
                 del argv[i:i + (2 if following == AUTO else 1)]
                 add_cfg_options(argv, [f'resume={AUTO}'])
             return
+
+
+def _resumes_safely(config: Config) -> bool:
+    hook = (config.get('default_hooks') or {}).get('checkpoint', dict(type='CheckpointHook'))
+    kind = (hook or {}).get('type')
+    kind = HOOKS.get(kind) if isinstance(kind, str) else kind
+    return 'runner_type' not in config and isinstance(kind, type) and issubclass(
+        kind, SafeCheckpointHook)
 
 
 def explain(error: BaseException) -> Optional[str]:
@@ -122,6 +131,12 @@ def explain(error: BaseException) -> Optional[str]:
     if isinstance(error, ModuleNotFoundError) and package is not None:
         return (f'The config inherits from {package}, which is not installed: '
                 f'{OPTIONAL.get(package, f"pip install {package}")}.')
+    module = _locals_of(error, 'import_modules_from_strings').get('imp')
+    if isinstance(error, ImportError) and module is not None:
+        package = str(module).split('.')[0]
+        return (f"{module} of the config's custom_imports could not be imported "
+                f'({error.__context__ or error}): check its name, or '
+                f'{OPTIONAL.get(package, "install what is missing")}.')
     config = _locals_of(error, '_file2dict').get('filename')
     if config is not None and isinstance(error, (SyntaxError, OSError)):
         return f'Config {config} could not be read ({error}): check it and its _base_.'

@@ -90,7 +90,7 @@ def new_config(data: Path, base: str, out: Path, weights: Optional[str] = None,
     start, said = _start(config, weights)
     text = _text(config, name, data, folders, classes, start)
     with writing(out, force) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding='utf-8')
         made = Config.fromfile(temporary)
         warnings += _faults_of(made, folders)
     return NewConfig(splits, classes, written, [
@@ -143,6 +143,9 @@ def _classes(splits: Dict[str, Split]) -> Tuple[Tuple[str, ...], List[str]]:
 def _start(config: Config, weights: Optional[str]) -> Tuple[Dict[str, Any], List[str]]:
     """What the new config says of where training starts, and warnings."""
     backbone = config.model.get('backbone', {})
+    if weights is not None and not backbone:
+        raise InputError(f"The base's model ({config.model.get('type')}) has no backbone of its "
+                         'own to start from weights or from none: leave --weights out.')
     cls = MODELS.get(backbone['type']) if 'type' in backbone else None
     conv_cfg = {**getattr(cls, 'dynamic_conv_cfg', {}), **(backbone.get('conv_cfg') or {})}
     layer = conv_cfg.get('type')
@@ -153,8 +156,9 @@ def _start(config: Config, weights: Optional[str]) -> Tuple[Dict[str, Any], List
     norm = norm_of_few(layer, conv_cfg, config.train_dataloader.get('batch_size')) if (
         is_dynamic) else {}
     # As the class has them where the config is silent.
-    given = {name: backbone.get(name, parameter.default) for name, parameter in (
+    defaults = {name: parameter.default for name, parameter in (
         parameters_of(cls) if isinstance(cls, type) else {}).items()}
+    given = {**defaults, **backbone}
     if weights is None:
         init = backbone.get('init_cfg') or {}
         file = init.get('checkpoint', '') if isinstance(init, dict) else ''
@@ -166,8 +170,10 @@ def _start(config: Config, weights: Optional[str]) -> Tuple[Dict[str, Any], List
     # A detector's weights, which the base may start from, would come over a backbone's.
     no_detector = dict(load_from=None) if config.get('load_from') else {}
     if weights == 'none':
+        # EfficientNet counts its stages from 1, so that 0 is none.
+        none_frozen = 0 if defaults.get('frozen_stages') == 0 else -1
         start: Dict[str, Any] = {'init_cfg': None, **{
-            key: value for key, value in (('frozen_stages', -1), ('norm_eval', False))
+            key: value for key, value in (('frozen_stages', none_frozen), ('norm_eval', False))
             if given.get(key, value) != value}}
         if (backbone.get('norm_cfg') or {}).get('requires_grad') is False:
             start['norm_cfg'] = dict(requires_grad=True)
@@ -232,13 +238,20 @@ def _text(config: Config, base: str, data: Path, folders: Dict[str, Tuple[str, s
             lines.append(f'{loader} = {LOADERS["val"]}')
             continue
         dataset = ('\n    data_root=data_root, metainfo=metainfo,\n'
-                   f'    ann_file={annotations!r}, data_prefix=dict(_delete_=True, img={images!r})')
+                   f'    ann_file={annotations!r}, data_prefix=dict(')
         *wrappers, inner = nested(config[loader]['dataset'])
         if 'datasets' in inner:
             raise InputError(f'{base} trains on several data sets in one ({inner["type"]}): give '
                              'one with a single data set.')
-        if inner['type'] not in ('CocoDataset', 'mmdet.CocoDataset'):
-            dataset = f"\n    type='CocoDataset',{dataset}"
+        if inner['type'] in ('CocoDataset', 'mmdet.CocoDataset'):
+            dataset += f'_delete_=True, img={images!r})'
+        else:  # which has arguments of its own
+            dataset += f'img={images!r})'
+            place = f'_base_.{loader}' + '.dataset' * (len(wrappers) + 1)
+            kept = ''.join(f' {key}={place}.{key},' for key in (
+                'pipeline', 'filter_cfg', 'backend_args') if key in inner)
+            kept += '' if split == 'train' else ' test_mode=True,'
+            dataset = f"\n    _delete_=True, type='CocoDataset',{kept}{dataset}"
         for _ in range(len(wrappers) + 1):
             dataset = f'dataset=dict({dataset})'
         lines.append(f'{loader} = dict({dataset})')
@@ -316,7 +329,7 @@ def _shared(data: Path, folders: Dict[str, Tuple[str, str]]) -> List[str]:
         if split not in files:
             continue
         if folders[split][1] == folders['train'][1]:  # their lists alone tell them apart
-            lists = [json.loads((data / folders[part][0]).read_text())['images']
+            lists = [json.loads((data / folders[part][0]).read_text('utf-8'))['images']
                      for part in ('train', split)]
             both = sorted(set.intersection(*({image['file_name'] for image in images}
                                              for images in lists)))

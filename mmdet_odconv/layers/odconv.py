@@ -236,16 +236,15 @@ def build_pooled_norm(cfg: dict, channels: int) -> nn.Module:
 
 
 def _check_kind(norm: nn.Module, state_dict: Dict[str, Tensor], prefix: str, *_) -> None:
-    """Raised, because weight and bias fit either kind, and the network computes something else."""
-    has_averages = prefix + 'running_mean' in state_dict
-    is_given = has_averages or prefix + 'weight' in state_dict
-    if is_given and has_averages != isinstance(norm, nn.modules.batchnorm._BatchNorm):
-        found, expected = "'BN'", "'LN' or 'GN'"
-        if not has_averages:
-            found, expected = expected, found
-        raise InputError(f'{prefix[:-1] or "norm"} of an attention is of norm_cfg type {expected}, '
-                         f"but the checkpoint's is of {found}: set norm_cfg in the layer's "
-                         'conv_cfg to that, or give weights of the same network.')
+    """Raised, because weight and bias fit, and the network computes something else.
+
+    What a BatchNorm misses of another norm, or of parameters alone, its loader says.
+    """
+    if prefix + 'running_mean' in state_dict and not isinstance(
+            norm, nn.modules.batchnorm._BatchNorm):
+        raise InputError(f"{prefix[:-1] or 'norm'} of an attention is of norm_cfg type 'LN' or "
+                         "'GN', but the checkpoint's of 'BN': set norm_cfg=dict(type='BN') in the "
+                         "layer's conv_cfg, or give weights of the same network.")
 
 
 def normalise_pooled(norm: nn.Module, x: Tensor) -> Tensor:

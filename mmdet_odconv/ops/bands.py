@@ -128,7 +128,8 @@ def _waves(size: int, like: Tensor) -> List[Tensor]:
     cycles = torch.arange(1, highest[0] + 1, device=like.device)
     # The angle modulo a turn, exactly: of large ones a cosine is not.
     turns = torch.arange(size, device=like.device)[:, None] * cycles % size
-    angles = turns.to(torch.float64) * (2 * math.pi / size)
+    wide = torch.float32 if like.device.type == 'mps' else torch.float64  # which MPS has not
+    angles = turns.to(wide) * (2 * math.pi / size)
     pairs = torch.stack([angles.cos(), angles.sin()], 2).flatten(1) * (2 / size)**0.5
     constant = pairs.new_full((size, 1), (1 / size)**0.5)
     waves = torch.cat([constant, pairs], 1).to(like.dtype)

@@ -15,6 +15,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from mmengine.config import ConfigDict
 from mmengine.dataset import DefaultSampler
 from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import Hook
@@ -22,6 +23,7 @@ from mmengine.logging import MessageHub
 from mmengine.model import BaseModel
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
+from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -274,6 +276,21 @@ def test_random_states_are_read_weights_only(tmp_path):
     torch.save(state, tmp_path / 'state.pth')
     set_random_state(torch.load(tmp_path / 'state.pth', weights_only=True))
     assert (random.random(), np.random.rand(), np.random.randn(), torch.rand(1)) == expected
+
+
+def test_metainfo_of_a_config_is_read_back(tmp_path):
+    """MMEngine keeps its dicts as the config had them, of a class that no loader here allows."""
+    meta = dict(dataset_meta=ConfigDict(classes=('a', 'b'), groups=[dict(a=1)]))
+    old = tmp_path / 'old.pth'
+    torch.save(dict(meta=meta, state_dict={}), old)  # as runs before wrote it
+    checkpoint = dict(meta=meta)
+    SafeCheckpointHook().before_save_checkpoint(None, checkpoint)
+    torch.save(checkpoint, tmp_path / 'new.pth')
+    for found in (CheckpointLoader.load_checkpoint(str(old)),
+                  torch.load(tmp_path / 'new.pth', weights_only=True)):
+        found = found['meta']['dataset_meta']
+        assert found == dict(classes=('a', 'b'), groups=[dict(a=1)])
+        assert type(found) is dict and type(found['groups'][0]) is dict
 
 
 def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):

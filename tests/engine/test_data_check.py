@@ -111,6 +111,7 @@ REFUSED = {
     'polygon of text': (annotations(1, segmentation=[['a'] * 6]), MASK),
     'polygon of NaN': (annotations(1, segmentation=[[NAN] * 6]), MASK),
     'flat polygon': (annotations(1, segmentation=TRIANGLE[0]), MASK),
+    'ragged polygon': (annotations(1, segmentation=[[[5, 6], [25, 6, 9], [25, 21]]]), MASK),
     'number': (annotations(1, segmentation=3), MASK),
     'no mask': (no_mask, FIRST + '2 of 4 annotations have no segmentation, which the config learns '
                 r'from, and one of boxes alone, .* \(the first: 10\)'),
@@ -268,8 +269,8 @@ def test_what_is_tested_on_has_the_order_of_its_classes(tmp_path):
     data['categories'] += [dict(id=2, name='dog')]
     hook = InputCheckHook()
     for classes in (('cat', 'dog'), ('dog', 'cat')):
-        runner = SimpleNamespace(model=nn.ModuleDict(), test_dataloader=SimpleNamespace(
-            dataset=dataset(tmp_path, data, classes=classes)))
+        runner = SimpleNamespace(model=nn.ModuleDict(), test_loop=None, test_dataloader=(
+            SimpleNamespace(dataset=dataset(tmp_path, data, classes=classes))))
         if classes[0] == 'cat':
             hook.before_test(runner)
         else:
@@ -312,3 +313,19 @@ def test_what_is_no_coco_dataset_is_left_alone():
             return {}
 
     check_data(Own(ann_file=os.devnull, lazy_init=True, pipeline=[]))
+
+
+@pytest.mark.parametrize(('mend', 'message'), [
+    (without('annotations', 'iscrowd'), r'1 of 4 annotations have no iscrowd of 0 or 1'),
+    (annotations(1, iscrowd='x'), 'have no iscrowd of 0 or 1, which pycocotools evaluates by'),
+    (annotations(1, id='u1'), r'have an id that is no number \(the first: u1\)')])
+def test_what_pycocotools_would_fail_on_after_an_epoch(tmp_path, mend, message):
+    data = content()
+    check_data(dataset(tmp_path, data), trained=False, by_coco=True)
+    mend(data)
+    assert answer(tmp_path, data) is None  # training needs none of it
+    check_data(dataset(tmp_path, data), trained=False)
+    with pytest.raises(InputError, match=f'a.json cannot be evaluated on: .*{message}'):
+        check_data(dataset(tmp_path, data), trained=False, by_coco=True)
+    faults, _ = find_faults(dataset(tmp_path, data, test_mode=True))
+    assert re.search(message, faults[0])

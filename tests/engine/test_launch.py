@@ -1,5 +1,6 @@
 """What explain() says, and where it has to keep silent."""
 import errno
+import re
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.logging import MessageHub
 from mmengine.registry import MODELS
-from mmengine.utils import mkdir_or_exist
+from mmengine.utils import import_modules_from_strings, mkdir_or_exist
 from torch import nn
 
 from mmdet_odconv.engine.distributed import prepare_cpu_processes
@@ -29,11 +30,15 @@ def explained(error, function, *args, **kwargs):
     ('c.py --resume --cfg-options a=1', 'c.py --cfg-options resume=auto a=1'),
     ('c.py --resume epoch_1.pth', 'c.py --resume epoch_1.pth'),
     ('flexible.py --resume', 'flexible.py --resume'),  # its runner asks no hook what to resume
+    ('own.py --resume', 'own.py --resume'),  # whose hook would resume load_from itself
     ('--resume', '--resume'), ('c.py', 'c.py')])
 def test_resuming_without_a_file(tmp_path, monkeypatch, given, passed_on):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'c.py').write_text("load_from = 'start.pth'")
     (tmp_path / 'flexible.py').write_text("runner_type = 'FlexibleRunner'")
+    (tmp_path / 'own.py').write_text(
+        'from mmengine.hooks import CheckpointHook\nfrom mmengine.config import read_base\n'
+        'default_hooks = dict(checkpoint=dict(type=CheckpointHook))')
     argv = ['train.py', *given.split()]
     _resume_by_hook(argv)
     assert argv[1:] == passed_on.split()
@@ -155,3 +160,13 @@ def test_a_config_that_inherits_from_what_is_not_installed(tmp_path):
     path.write_text("_base_ = 'mmocr::kie/sdmgr.py'")
     assert explained(Exception, Config.fromfile, path) == (
         'The config inherits from mmocr, which is not installed: pip install mmocr.')
+
+
+@pytest.mark.parametrize(('module', 'mend'), [
+    ('mmpretrain_absent.models', 'install what is missing'),
+    ('mmpretrain', r"pip install '\.\[imagenet\]' in a checkout")])
+def test_a_module_of_custom_imports_that_is_missing(monkeypatch, module, mend):
+    monkeypatch.setitem(sys.modules, module, None)
+    sentence = explained(ImportError, import_modules_from_strings, [module])
+    assert re.fullmatch(rf"{module} of the config's custom_imports could not be imported \(.*"
+                        rf'{module.split(".")[0]}.*\): check its name, or {mend}\.', sentence)

@@ -141,6 +141,33 @@ def test_what_a_backbone_does_by_default_does_not_hold_back_training_from_scratc
     assert not build_model(Config.fromfile(tmp_path / 'my.py')).backbone.norm_eval
 
 
+def test_stages_that_are_counted_from_1_are_none_at_0(data, tmp_path):
+    new_config(data, 'mmdet::efficientnet/retinanet_effb3_fpn_8xb4-crop896-1x_coco',
+               tmp_path / 'my.py', 'none')
+    config = Config.fromfile(tmp_path / 'my.py')
+    assert config.model.backbone.get('frozen_stages', 0) == 0
+    build_model(config)
+
+
+def test_a_model_without_a_backbone_takes_no_weights(data, tmp_path):
+    with pytest.raises(InputError, match='has no backbone of its own to start from weights'):
+        new_config(data, 'mmdet::misc/d2_faster-rcnn_r50-caffe_fpn_ms-90k_coco',
+                   tmp_path / 'my.py', 'none')
+    assert not (tmp_path / 'my.py').exists()
+
+
+def test_a_base_of_another_data_set(data, tmp_path):
+    """Whose arguments CocoDataset does not take."""
+    base = 'mmdet::openimages/faster-rcnn_r50_fpn_32xb2-1x_openimages'
+    new_config(data, base, tmp_path / 'my.py')
+    config = Config.fromfile(tmp_path / 'my.py')
+    found = config.train_dataloader.dataset
+    assert found.type == 'CocoDataset' and 'label_file' not in found
+    base = Config.fromfile(locate_config(base)[0])
+    assert found.pipeline == base.train_dataloader.dataset.pipeline
+    assert config.val_dataloader.dataset.test_mode
+
+
 @pytest.mark.parametrize(('weights', 'norm'), [
     (None, dict(type='LN')), ('torchvision://resnet18', dict(type='LN'))])
 def test_an_attention_that_is_not_loaded_has_no_batchnorm_of_few_images(data, tmp_path, weights,
@@ -292,6 +319,24 @@ def test_pascal_voc_annotations_that_changed_are_read_again(voc):
     assert list(read_split(written[1]).boxes.items()) == [('cat', 0), ('dog', 1)]
 
 
+def test_images_that_come_after_their_annotations_are_found(voc):
+    written = convert_voc(voc)
+    for path in written:
+        os.utime(path, ns=(2**61, 2**61))
+    (voc / 'JPEGImages/b.png').touch()
+    os.utime(voc / 'JPEGImages', ns=(2**62, 2**62))
+    assert convert_voc(voc) == written
+    assert json.loads(written[1].read_text())['images'][0]['file_name'] == 'b.png'
+
+
+def test_what_other_tools_write_into_pascal_voc_annotations(voc):
+    (voc / 'Annotations/b.xml').write_text(voc_annotation(' cat\n').replace('64', '64.0').replace(
+        '<bndbox>', '<difficult>Unspecified</difficult><bndbox>'))
+    content = json.loads(convert_voc(voc)[1].read_text())
+    assert [category['name'] for category in content['categories']] == ['cat']
+    assert content['images'][0]['width'] == 64 and content['annotations'][0]['iscrowd'] == 0
+
+
 @pytest.mark.parametrize(('images', 'said', 'expected'), [
     (['b.jpg', 'a.jpg'], 'a.jpg', 'b.jpg'),  # an augmented copy, which keeps the name of the first
     (['b.png'], 'b', 'b.png'),
@@ -324,6 +369,10 @@ def test_pascal_voc_lists_of_other_encodings_and_a_place_that_cannot_be_written(
 @pytest.mark.parametrize(('file', 'text', 'message'), [
     ('Annotations/b.xml', '<annotation>', r'b\.xml could not be read as a Pascal VOC annotation'),
     ('Annotations/b.xml', voc_annotation(''), r'b\.xml could not be read .*an object has no name'),
+    ('Annotations/b.xml', voc_annotation('cat').replace('size>', 'sizes>'),
+     r'b\.xml could not be read .*it has no size/width'),
+    ('Annotations/b.xml', voc_annotation('cat').replace('64', '0'), 'its size is 0 x 48'),
+    ('Annotations/b.xml', voc_annotation('cat').replace('20', 'nan'), 'its bndbox/xmax is nan'),
     ('ImageSets/Main/val.txt', 'c 1', r'/c\.xml could not be read'),
     ('ImageSets/Main/val.txt', None, r'Main/val\.txt does not exist, where a Pascal VOC folder'),
 ])

@@ -389,7 +389,7 @@ def report(records, directory, console):
     if rows:
         done = [record for record in records if 'error' not in record]
         text = markdown(rows, done)
-        (directory / 'compare.md').write_text(text)
+        (directory / 'compare.md').write_text(text, encoding='utf-8')
         draw(rows, directory / 'compare.png')
         draw_curves(done, directory / 'curves.png')
         console.print(Markdown(text))
