@@ -15,13 +15,7 @@ from torch import nn
 from mmdet_odconv import InputError
 from mmdet_odconv.checkpoints.swapping import build_model
 from mmdet_odconv.deployment.detector import TensorDetector
-from mmdet_odconv.deployment.export import (
-    MOST_TIED,
-    TIED,
-    Runtime,
-    compare,
-    export_detector,
-)
+from mmdet_odconv.deployment.export import Runtime, compare, export_detector
 from mmdet_odconv.layers import DynamicConv2d
 
 RESNET = dict(
@@ -36,7 +30,6 @@ ONE_STAGE = {
     'atss_od-r50-k4_fpn_1x_coco': RESNET, 'rtmdet_tiny-odconv-k1_8xb32-300e_coco': CSP,
     'yolox_tiny-odconv-k1_8xb8-300e_coco': CSP,
 }
-MAX_PER_IMG = 100  # of all these configs
 DETRS = ['detr/detr_r50_8xb2-150e_coco.py', 'deformable_detr/deformable-detr_r50_16xb2-50e_coco.py',
          'dino/dino-4scale_r50_8xb2-12e_coco.py']
 # Of the last, no side is a multiple of anything, and a level of 64 px is one cell high.
@@ -160,16 +153,12 @@ def check_against_predict(detector, predictions, least_labels):
         with torch.no_grad():
             boxes, scores, labels, *grids = detector(image)
         assert len(boxes) > 9 and len(labels.unique()) >= least_labels and scores[0] < 1 - 1e-6
+        torch.testing.assert_close(boxes, expected.bboxes)
         torch.testing.assert_close(scores, expected.scores)
-        # Where it may have no more, and the last score is another one's too (RetinaNet's on the
-        # second image), rounding takes one or the other.
-        tied = (scores <= scores[-1] + TIED) & (len(scores) == MAX_PER_IMG)
-        assert tied.sum() <= MOST_TIED
-        torch.testing.assert_close(boxes[~tied], expected.bboxes[~tied])
-        assert torch.equal(labels[~tied], expected.labels[~tied])
+        assert torch.equal(labels, expected.labels)
         for grid in grids:
             pasted, _ = _do_paste_mask(grid[:, None], boxes, *image.shape[2:], skip_empty=False)
-            assert ((pasted >= 0.5) != expected.masks)[~tied].float().mean() < 1e-3
+            assert ((pasted >= 0.5) != expected.masks).float().mean() < 1e-3
             assert 0.1 < expected.masks.float().mean() < 0.9
 
 
@@ -177,6 +166,9 @@ def check_against_predict(detector, predictions, least_labels):
 def test_one_stage(name, tmp_path):
     """RTMDet's file pads itself, which in MMDetection the pipeline does."""
     model = one_stage(name)
+    # Of 100, the configs' own, RetinaNet's last on the second image has the score of the next, and
+    # rounding chooses; here no two scores at the cut are nearer than 2e-4.
+    model.bbox_head.test_cfg.max_per_img = 88
     expected = [predict(model, x, 32 if name.startswith('rtmdet') else None) for x in IMAGES]
     detector = TensorDetector(model)
     check_against_predict(detector, expected, 3)
