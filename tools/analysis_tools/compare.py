@@ -52,6 +52,7 @@ matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
 
 from mmdet_odconv import InputError, config_path  # noqa: E402
+from mmdet_odconv.checkpoints.files import writing  # noqa: E402
 from mmdet_odconv.engine.comparison import (  # noqa: E402
     TIMED_BY,
     UNKNOWN,
@@ -197,9 +198,8 @@ def run(config, directory, images, threads=1):
 
 def replace_text(path, text):
     """Write a file whole, or not at all."""
-    partial = path.with_suffix('.tmp')
-    partial.write_text(text, encoding='utf-8')
-    partial.replace(path)
+    with writing(path, True) as temporary:
+        temporary.write_text(text, encoding='utf-8')
 
 
 def box_map(metrics):
